@@ -1,0 +1,180 @@
+"""
+Power-Law Decay Loss (PDL, arXiv 2505.16900): cross-entropy in which every target token is weighted
+by a power of its inverse frequency.
+
+    w(t) = 1 / (freq(t) + eps)^alpha                      (Eq. 3)
+    L    = - sum_k w(y_k) log P(y_k | y_<k, X)            (Eq. 5)
+
+This file is the whole method. It needs torch alone, so copy it into your own project:
+
+    weights = pdl_weights(counts, alpha=0.5)              # once; counts[t] = how often token t was seen
+    loss = pdl_loss(logits, targets, weights)             # in place of F.cross_entropy(logits, targets)
+
+It does not count tokens (count.py) and does not shift them: targets[k] is the token that logits[k] predicts.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+def pdl_weights(counts, alpha=0.5, eps=1e-6, normalize=False):
+    """The weight of every token of the vocabulary, Eq. 3.
+
+    counts: (V,) tensor, array or list, how often each token occurs; finite and not negative.
+    alpha: strength of the decay. 0 gives weights of exactly 1, which is plain cross-entropy.
+    eps: keeps the weight of a token that was never counted finite: it gets eps^-alpha.
+    normalize: turn counts into probabilities first. Under reduction="mean" the factor cancels, all but for eps.
+
+    Returns (V,) float32, on the device of counts. Raises ValueError for arguments that make no sense.
+    """
+    counts = torch.as_tensor(counts)
+    if counts.dim() != 1:
+        raise ValueError(f"counts must be 1-D, one number per token, not of shape {tuple(counts.shape)}")
+    freq = counts.cpu().double()
+    if not (torch.isfinite(freq) & (freq >= 0)).all():
+        raise ValueError("counts must be finite and not negative")
+    for name, value in ("alpha", alpha), ("eps", eps):
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"{name} must be finite and not negative, not {value}")
+    if normalize:
+        if freq.sum() == 0:
+            raise ValueError("counts are all zero: they cannot be normalized")
+        freq = freq / freq.sum()
+    weights = (freq + eps).pow(-alpha).float()
+    if not torch.isfinite(weights).all():
+        raise ValueError(f"eps={eps} is too small for alpha={alpha}: the largest weight, eps^-alpha, overflows")
+    return weights.to(counts.device)
+
+
+def token_weights(targets, weights, ignore_index=-100):
+    """w(y_k) of every target, 0 where it is ignored: (...) int64 -> (...).
+
+    Its sum is the denominator of reduction="mean". When a batch is split over micro-steps or devices, sum it over
+    all of them first and divide reduction="sum" by that: a mean of means is another loss, since weights differ.
+    """
+    keep = targets != ignore_index
+    return weights[torch.where(keep, targets, 0)] * keep
+
+
+def pdl_loss(logits, targets, weights, reduction="mean", ignore_index=-100):
+    """Cross-entropy with each target weighted, Eq. 5.
+
+    logits: (..., V), any floating dtype; half precision is raised to float32 first.
+    targets: (...) int64, the token each position should predict; ignore_index carries no loss (the context X).
+    weights: (V,) from pdl_weights.
+    reduction: "mean": sum(w * ce) / sum(w), whose scale does not change with alpha. "sum": Eq. 5 to the letter.
+        "none": w * ce of every target, shape (...).
+
+    Returns a scalar, or (...) for "none". If all targets are ignored, the loss and its gradient are 0.
+    Raises ValueError if the shapes or the reduction do not fit.
+    """
+    _check(logits.shape[:-1], logits.shape[-1], targets, weights, reduction)
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    weights = weights.to(logits)
+    loss = F.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), weights, ignore_index=ignore_index,
+        reduction="none" if reduction == "none" else "sum",
+    )
+    if reduction == "none":
+        return loss.view(targets.shape)
+    return _divide(loss, token_weights(targets, weights, ignore_index)) if reduction == "mean" else loss
+
+
+def linear_pdl_loss(hidden, lm_head, targets, weights, reduction="mean", ignore_index=-100):
+    """pdl_loss(hidden @ lm_head.T, ...) without ever holding the (N, V) logits, which are what runs out of memory.
+
+    hidden: (..., D), the last hidden states. lm_head: (V, D). The rest, the result and the errors as in pdl_loss.
+    Under autocast the products run in its dtype, as F.linear's would. Not twice differentiable.
+    """
+    _check(hidden.shape[:-1], lm_head.shape[0], targets, weights, reduction)
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden, lm_head = hidden.to(dtype), lm_head.to(dtype)
+    weights = weights.to(hidden.device, torch.promote_types(hidden.dtype, torch.float32))
+    hidden, shape, targets = hidden.reshape(-1, hidden.shape[-1]), targets.shape, targets.reshape(-1)
+
+    # Rows at a time. More than 2^25 logits buys no speed and takes memory; fewer starve the matrix product, and each
+    # chunk costs one pass over lm_head's gradient. Measured on CPU, 4096 x 768 -> 50257, seconds for 128/256/512/1024
+    # rows: see tests/bench.py.
+    rows = max(1, 2**25 // lm_head.shape[0])
+    with torch.autocast(device, enabled=False):
+        if reduction == "none":
+            # Each row will get a gradient of its own, so nothing can be summed yet: recompute the logits in backward.
+            return torch.cat([
+                checkpoint(lambda h, t: pdl_loss(h @ lm_head.T, t, weights, "none", ignore_index), h, t,
+                           use_reentrant=False)
+                for h, t in zip(hidden.split(rows), targets.split(rows))
+            ]).view(shape)
+        keep = targets != ignore_index  # a row that carries no loss costs nothing
+        w = token_weights(targets, weights, ignore_index)
+        loss = _ChunkedLoss.apply(hidden[keep], lm_head, targets[keep], w[keep], rows, torch.is_grad_enabled())
+    return _divide(loss, w) if reduction == "mean" else loss
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """sum_k w_k * cross_entropy(hidden_k @ lm_head.T, target_k), with its gradients taken chunk by chunk in forward.
+
+    With p = softmax(logits), the gradient of the cross-entropy of one row by its logits is p - onehot(target).
+    Its weight is a number per row, so it is applied to the rows of width D rather than to those of width V.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, lm_head, targets, w, rows, with_grad):
+        loss = w.new_zeros(())
+        grad_hidden = torch.empty_like(hidden) if with_grad else None
+        grad_lm_head = torch.zeros_like(lm_head) if with_grad else None
+        for start in range(0, len(hidden), rows):
+            chunk = slice(start, start + rows)
+            h, t, wt = hidden[chunk], targets[chunk], w[chunk]
+            row = torch.arange(len(t), device=t.device)
+            logits = h @ lm_head.T
+            p = torch.softmax(logits, dim=-1)
+            # logsumexp by way of the largest p: that is at least 1/V, so half precision neither makes it 0 nor, unlike
+            # a sum of V terms, loses digits.
+            top, at = logits.max(dim=-1)
+            logsumexp = top.to(w.dtype) - p[row, at].to(w.dtype).log()
+            loss += wt @ (logsumexp - logits[row, t].to(w.dtype))
+            if with_grad:
+                p[row, t] -= 1
+                grad_hidden[chunk] = (p @ lm_head) * wt[:, None]
+                grad_lm_head.addmm_(p.T, (h * wt[:, None]).to(h.dtype))
+        ctx.save_for_backward(grad_hidden, grad_lm_head)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        grad_hidden, grad_lm_head = ctx.saved_tensors
+        return grad_hidden * grad.to(grad_hidden), grad_lm_head * grad.to(grad_lm_head), None, None, None, None
+
+
+def _divide(loss, w):
+    # No target at all: 0 / tiny = 0, where 0 / 0 would be NaN and end the training.
+    return loss / w.sum().clamp(min=torch.finfo(w.dtype).tiny)
+
+
+def _check(shape, vocab_size, targets, weights, reduction):
+    if shape != targets.shape:
+        raise ValueError(f"targets have shape {tuple(targets.shape)}, but the input has {tuple(shape)} positions")
+    if weights.shape != (vocab_size,):
+        raise ValueError(f"weights have shape {tuple(weights.shape)}, but the vocabulary has {vocab_size} tokens")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f'reduction must be "mean", "sum" or "none", not {reduction!r}')
+
+
+if __name__ == "__main__":
+    # Word frequencies follow a power law themselves (Zipf): the token of rank r occurs about 1/r as often as the first.
+    counts = (1_000_000 / torch.arange(1, 50_001)).long()
+    ranks = [1, 100, 10_000]
+    bands = {"the 100 most frequent": slice(0, 100), "the next 9,900": slice(100, 10_000), "the other 40,000": slice(10_000, None)}
+    print("alpha", *(f"weight of {counts[r - 1]:>9,}x" for r in ranks), *(f"{b:>22}" for b in bands), sep="  ")
+    for alpha in (0, 0.25, 0.5, 0.75, 1, 1.5):
+        weights = pdl_weights(counts, alpha)
+        share = counts * weights / (counts * weights).sum()  # of the loss, if all tokens were equally hard
+        print(f"{alpha:5}", *(f"{weights[r - 1]:20.7f}" for r in ranks),
+              *(f"{share[band].sum():22.1%}" for band in bands.values()), sep="  ")
+    print("A weight per token as often seen as that; then the share of the loss that each band of tokens gets.")
+    print("At alpha = 1 every token of the vocabulary gets the same share, however rare it is.")
