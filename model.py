@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 REPOS = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 REPOS["distilgpt2"] = "distilbert/distilgpt2"
@@ -89,6 +90,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.activation_checkpointing = False  # recompute each block in backward instead of keeping its activations
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.drop = nn.Dropout(config.embd_pdrop)
@@ -102,6 +104,13 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
+    def set_dropout(self, p):
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = p
+            elif isinstance(module, Attention):
+                module.dropout = p
+
     @property
     def lm_head(self):
         """(vocab_size, n_embd): logits = hidden @ lm_head.T."""
@@ -114,7 +123,10 @@ class GPT(nn.Module):
             raise ValueError(f"{pos + T} tokens do not fit into the model's context window of {self.config.n_positions}")
         x = self.drop(self.wte(idx) + self.wpe(torch.arange(pos, pos + T, device=idx.device)))
         for i, block in enumerate(self.h):
-            x = block(x, None if cache is None else cache[i], pos)
+            if self.activation_checkpointing and self.training:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x, None if cache is None else cache[i], pos)
         x = self.ln_f(x)
         return x if return_hidden else F.linear(x, self.lm_head)
 
