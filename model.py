@@ -234,6 +234,18 @@ def read_config(folder):
     return GPTConfig(**{name: config[name] for name in asdict(GPTConfig()) if name in config})
 
 
+def pick_device(name="auto", local_rank=0):
+    """The torch.device of a --device flag. Raises ValueError if this machine lacks it."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+    return device
+
+
 def replace(path, write):
     """Write a file beside its place and rename it there, so that a reader finds the old one or the new, never a part."""
     part = path.with_name(path.name + ".part")

@@ -17,6 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+# linear_pdl_loss holds this many logits at a time: 667 rows of GPT-2's 50,257. Fewer starve the matrix product, and each
+# chunk costs a pass over lm_head's gradient; more take memory and gain nothing. Seconds for 4096 x 768 -> 50257, forward
+# and backward, on two CPU cores with AMX, by the rows of a chunk:
+#               128   256   512   667  1024  2048
+CHUNK_LOGITS = 2**25
+
 
 def pdl_weights(counts, alpha=0.5, eps=1e-6, normalize=False):
     """The weight of every token of the vocabulary, Eq. 3.
@@ -96,10 +102,7 @@ def linear_pdl_loss(hidden, lm_head, targets, weights, reduction="mean", ignore_
     weights = weights.to(hidden.device, torch.promote_types(hidden.dtype, torch.float32))
     hidden, shape, targets = hidden.reshape(-1, hidden.shape[-1]), targets.shape, targets.reshape(-1)
 
-    # Rows at a time. More than 2^25 logits buys no speed and takes memory; fewer starve the matrix product, and each
-    # chunk costs one pass over lm_head's gradient. Measured on CPU, 4096 x 768 -> 50257, seconds for 128/256/512/1024
-    # rows: see tests/bench.py.
-    rows = max(1, 2**25 // lm_head.shape[0])
+    rows = max(1, CHUNK_LOGITS // lm_head.shape[0])
     with torch.autocast(device, enabled=False):
         if reduction == "none":
             # Each row will get a gradient of its own, so nothing can be summed yet: recompute the logits in backward.

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from count import ArgumentParser, encode, load_tokenizer, read_text, run
-from model import GPT, GPTConfig, checkpoint_folder, replace
+from model import GPT, GPTConfig, checkpoint_folder, pick_device, replace
 from pdl import linear_pdl_loss, pdl_weights, token_weights
 
 TINY = Path(__file__).parent / "tiny"  # a small pretrained checkpoint, so that all of this runs offline
@@ -82,17 +82,6 @@ def parse_args():
     if not 0 <= args.dropout < 1:
         p.error("--dropout must be at least 0 and less than 1")
     return args
-
-
-def pick_device(name, local_rank):
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
-    return device
 
 
 def pick_dtype(name, device):
