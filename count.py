@@ -48,7 +48,8 @@ def load_tokenizer(name_or_folder):
         ranks = data_gym_to_mergeable_bpe_ranks(*map(str, files), *hashes)
     except (AssertionError, ValueError, KeyError) as error:
         raise ValueError(f"{folder}: vocab.json and merges.txt are not a GPT-2 tokenizer ({error})") from None
-    return tiktoken.Encoding(str(folder), pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)})
+    name = "-".join(digest[:16] for digest in hashes)  # the same name only for the same tokenizer
+    return tiktoken.Encoding(name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)})
 
 
 def read_text(path):
@@ -74,10 +75,10 @@ def encode(texts, tokenizer, jobs=None):
 
     Special tokens written in the text are the plain characters they are. jobs: threads; by default one a core.
     """
-    jobs = jobs or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else jobs or os.cpu_count()
-    with ThreadPoolExecutor(jobs) as pool:
+    jobs = jobs or len(os.sched_getaffinity(0))
+    with ThreadPoolExecutor(jobs) as pool:  # tiktoken works without Python's lock
         pending = deque()  # no further ahead than the threads need, so that memory stays flat
-        for piece in _cut(texts):
+        for piece in _cut(texts, tokenizer):
             pending.append((len(piece.encode()), pool.submit(tokenizer.encode_to_numpy, piece, disallowed_special=())))
             if len(pending) > 2 * jobs:
                 size, tokens = pending.popleft()
@@ -86,25 +87,49 @@ def encode(texts, tokenizer, jobs=None):
             yield size, tokens.result()
 
 
-def _cut(texts):
-    """Cut a stream of strings where no token can span: before a single space or line end between two other characters.
+# Where GPT2_PATTERN ends a match whatever comes before and after: it looks back at nothing, no alternative goes on from
+# another character into white space, and a run of letters or of digits ends where the run ends. (An apostrophe may start
+# a contraction, so nothing is cut behind one.) Python's \s is wider than the pattern's, hence the explicit set.
+BOUNDARY = re.compile(r"(?<=\S)(?=[ \t\n\r])|(?<=[A-Za-z0-9])(?=[!-/:-@\[-`{-~])|(?<=[A-Za-z])(?=[0-9])|(?<=[0-9])(?=[A-Za-z])")
 
-    The pattern above takes a space together with the word after it, never with the one before; how it divides a longer
-    run of white space depends on what follows the run.
-    """
-    rest = ""
+
+def _cut(texts, tokenizer):
+    """Cut a stream of strings where no token can span, into pieces of about CHUNK characters."""
+    rest, scanned = "", 0
     for text in texts:
         rest += text
-        if len(rest) < CHUNK:
-            continue
-        cut = None
-        for cut in re.finditer(r"(?<=\S)[ \n](?=\S)", rest):
-            pass
-        if cut:
-            yield rest[: cut.start()]
-            rest = rest[cut.start() :]
+        while len(rest) - scanned >= CHUNK:
+            end = scanned + CHUNK
+            cut = _last_boundary(rest, max(scanned, end - 4096), end) or _last_boundary(rest, scanned, end) or _inside_word(rest, scanned, end, tokenizer)
+            if cut:
+                yield rest[:cut]
+                rest, scanned = rest[cut:], 0
+            else:
+                scanned = end
     if rest:
         yield rest
+
+
+def _last_boundary(text, start, end):
+    last = None
+    for last in BOUNDARY.finditer(text, start + 1, end):
+        pass
+    return last and last.start()
+
+
+def _inside_word(text, start, end, tokenizer):
+    """Where to cut a run of letters without a boundary: where no entry of the vocabulary spans, since then no merge can.
+
+    No entry of GPT-2's vocabulary is longer than 128 bytes.
+    """
+    for cut in range(end - 130, max(start, end - 1130), -1):
+        left, right = text[cut - 128 : cut], text[cut : cut + 128]
+        near, at = (left + right).encode(), len(left.encode())
+        if (left + right).isalpha() and not any(
+            near[a:b] in tokenizer._mergeable_ranks for a in range(at - 128, at) for b in range(at + 1, a + 129)
+        ):
+            return cut
+    return None
 
 
 def count_tokens(paths, tokenizer, jobs=None, progress=lambda n_bytes: None):
@@ -152,21 +177,32 @@ def main():
     parser.add_argument("--jobs", type=int, help="threads (default: one a core)")
     args = parser.parse_args()
 
+    if args.jobs is not None and args.jobs < 1:
+        parser.error("--jobs must be at least 1")
+    tokenizer = load_tokenizer(args.tokenizer)
+    # The size of a stream or of what is in a .gz is not known before its end.
+    known = all(path != "-" and not path.endswith(".gz") for path in args.text)
+    total = sum(os.path.getsize(path) for path in args.text) if known else None
     start, done = time.time(), 0
 
     def progress(size):
         nonlocal done
         done += size
         if sys.stderr.isatty():
-            print(f"\r{done / 1e6:,.0f} MB, {done / 1e6 / (time.time() - start):.1f} MB/s ", end="", file=sys.stderr)
+            speed = done / (time.time() - start)
+            left = f", {(total - done) / speed:,.0f} s left" if total else ""
+            print(f"\r{done / 1e6:,.0f} MB, {speed / 1e6:.1f} MB/s{left} \033[K", end="" if done != total else "\n", file=sys.stderr)
 
-    counts = count_tokens(args.text, load_tokenizer(args.tokenizer), args.jobs, progress)
+    counts = count_tokens(args.text, tokenizer, args.jobs, progress)
     if counts.sum() == 0:
         raise ValueError(f"{', '.join(args.text)}: no text to count")
     part = Path(args.out + ".part")
-    with open(part, "wb") as file:
-        np.save(file, counts)
-    os.replace(part, args.out)
+    try:
+        with open(part, "wb") as file:
+            np.save(file, counts)
+        os.replace(part, args.out)
+    finally:
+        part.unlink(missing_ok=True)
     print(describe(counts))
     print(f"wrote {args.out}")
 

@@ -26,6 +26,11 @@ REPOS["distilgpt2"] = "distilbert/distilgpt2"
 FILES = ("config.json", "vocab.json", "merges.txt", "pytorch_model.bin")
 
 
+# What config.json says of every GPT-2; a model with other values computes something else.
+GPT2 = {"model_type": "gpt2", "activation_function": "gelu_new", "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+        "add_cross_attention": False, "tie_word_embeddings": True}
+
+
 @dataclass
 class GPTConfig:
     """The fields of config.json that shape the network, under their names there; the values are GPT-2's."""
@@ -175,10 +180,12 @@ class GPT(nn.Module):
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except FileNotFoundError:
-            raise
+            raise FileNotFoundError(f"{folder} has no pytorch_model.bin; in Transformers, save_pretrained(..., safe_serialization=False) writes it") from None
         except Exception as error:
             raise ValueError(f"{path} is damaged or not a PyTorch checkpoint: {str(error).splitlines()[0]}") from None
         state = {name.removeprefix("transformer."): w for name, w in state.items()}
+        if "lm_head.weight" in state and not torch.equal(state["lm_head.weight"], state.get("wte.weight")):
+            raise ValueError(f"{path}: lm_head.weight is not wte.weight, as it is in GPT-2")
         own = model.state_dict()
         # Beside the weights, some checkpoints hold the causal mask and the output layer, which is the embedding again.
         state = {name: w for name, w in state.items() if name in own or not name.endswith((".attn.bias", "masked_bias", "lm_head.weight"))}
@@ -195,8 +202,7 @@ class GPT(nn.Module):
         """Write config.json and pytorch_model.bin in the layout of the released checkpoints, weights as dtype."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new",
-                  "dtype": "float32", "bos_token_id": self.config.vocab_size - 1, "eos_token_id": self.config.vocab_size - 1}
+        config = GPT2 | {"architectures": ["GPT2LMHeadModel"], "dtype": "float32", "bos_token_id": self.config.vocab_size - 1, "eos_token_id": self.config.vocab_size - 1}
         state = {f"transformer.{name}": (w.t() if _is_conv1d(name) else w).to("cpu", dtype).contiguous()
                  for name, w in self.state_dict().items()}
         replace(folder / "config.json", lambda path: path.write_text(json.dumps(config | asdict(self.config), indent=2) + "\n"))
@@ -229,8 +235,9 @@ def read_config(folder):
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
-    if config.get("model_type") != "gpt2" or config.get("activation_function", "gelu_new") != "gelu_new":
-        raise ValueError(f"{path} describes a {config.get('model_type')} model; only GPT-2 can be read")
+    for name, value in GPT2.items():
+        if config.get(name, value) != value:
+            raise ValueError(f"{path} describes another architecture than GPT-2: {name} is {config[name]!r}, not {value!r}")
     return GPTConfig(**{name: config[name] for name in asdict(GPTConfig()) if name in config})
 
 
@@ -252,6 +259,8 @@ def replace(path, write):
     try:
         write(part)
         os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter when the disk is full
+        raise OSError(f"{path} could not be written ({str(error).splitlines()[0]}); what was there before is untouched") from None
     finally:
         part.unlink(missing_ok=True)
 

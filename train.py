@@ -9,11 +9,12 @@ The best weights by held-out cross-entropy go to out/ as a Hugging Face GPT-2 fo
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
 import shutil
-import sys
+import signal
 import time
 from pathlib import Path
 
@@ -98,16 +99,30 @@ def pick_dtype(name, device):
 # --- text ---
 
 
-def load_tokens(path, tokenizer):
-    """The text as a flat array of tokens. Without a path: the reference that Python's own help() shows."""
+def load_tokens(path, tokenizer, cache):
+    """The text as a flat array of tokens, memory-mapped, so that it may be larger than memory.
+
+    It is tokenized once, into the folder cache, and found there again as long as the text file and the tokenizer are the
+    same. Without a path: the reference that Python's own help() shows.
+    """
     if path is None:
         from pydoc_data.topics import topics
 
-        texts = ["\n\n".join(topics.values())]
-    else:
-        texts = read_text(path)
-    tokens = [t for _, t in encode(texts, tokenizer)]
-    return np.concatenate(tokens) if tokens else np.empty(0, np.uint32)
+        return np.concatenate([tokens for _, tokens in encode(["\n\n".join(topics.values())], tokenizer)])
+    dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
+    stat = os.stat(path)
+    identity = (os.path.realpath(path), stat.st_size, stat.st_mtime_ns, stat.st_ino, tokenizer.name, np.dtype(dtype).name)
+    cached = cache / f"{Path(path).name}.{hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}.bin"
+
+    def write(part):
+        with open(part, "wb") as file:
+            for _, tokens in encode(read_text(path), tokenizer):
+                file.write(tokens.astype(dtype).tobytes())
+
+    if not cached.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        replace(cached, write)
+    return np.memmap(cached, dtype, mode="r") if cached.stat().st_size else np.empty(0, dtype)
 
 
 class Split:
@@ -118,8 +133,8 @@ class Split:
 
     def __init__(self, tokens, block_size, name):
         n, B = len(tokens), block_size
-        per_stretch = min(4, (n // 10 - 1) // B)
-        if per_stretch < 1:
+        per_stretch = min(4, max(1, n // 80 // B))
+        if n < 10 * (B + 1):
             raise ValueError(f"{name} has {n:,} tokens; --block_size {B} needs at least {10 * (B + 1):,} to hold a tenth out: lower it")
         self.tokens, self.B = tokens, B
         stretch = per_stretch * B + 1
@@ -149,12 +164,15 @@ class Split:
 def load_counts(path, n_vocab):
     try:
         counts = np.load(path, allow_pickle=False)
-    except ValueError as error:
+    except (ValueError, EOFError) as error:
         raise ValueError(f"--counts {path} is not an array that count.py wrote: {error}") from None
-    if counts.shape != (n_vocab,):
-        raise ValueError(f"--counts {path} has shape {counts.shape}, but the model has {n_vocab:,} tokens: count with the model's own tokenizer (count.py --tokenizer)")
+    if not isinstance(counts, np.ndarray) or counts.ndim != 1 or counts.dtype.kind not in "iuf":
+        raise ValueError(f"--counts {path} is not a 1-D array of numbers, as count.py writes")
+    if len(counts) != n_vocab:
+        whose = {50257: "GPT-2's tokenizer", 4096: "tiny/'s tokenizer"}.get(len(counts), "another tokenizer")
+        raise ValueError(f"--counts {path} has {len(counts):,} entries, as of {whose}, but the model's has {n_vocab:,}: count again with count.py --tokenizer")
     if not (np.isfinite(counts) & (counts >= 0)).all() or not counts.any():
-        raise ValueError(f"--counts {path} must hold numbers that are not negative, not all of them zero")
+        raise ValueError(f"--counts {path} must hold finite numbers that are not negative, and not only zeros")
     return counts
 
 
@@ -237,6 +255,7 @@ def main():
     say = print if master else lambda *a, **k: None
     if args.gradient_accumulation_steps % world_size:
         raise ValueError(f"--gradient_accumulation_steps {args.gradient_accumulation_steps} cannot be shared by {world_size} processes: make it a multiple")
+    launcher = "python train.py" if world_size == 1 else f"torchrun --standalone --nproc_per_node={world_size} train.py"
     micro_steps = args.gradient_accumulation_steps // world_size
     device = pick_device(args.device, local_rank)
     dtype = pick_dtype(args.dtype, device)
@@ -245,7 +264,7 @@ def main():
     if device.type == "cuda":
         torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")
-    torch.manual_seed(args.seed + rank)  # for dropout
+    torch.manual_seed(args.seed)
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
 
     # The model and its tokenizer.
@@ -281,7 +300,13 @@ def main():
 
     # Text, counts, weights.
     name = args.data or "the Python language reference"
-    split = Split(load_tokens(args.data, tokenizer), args.block_size, name)
+    out = Path(args.out_dir)
+    if not master:
+        dist.barrier()  # the first process fills the cache
+    tokens = load_tokens(args.data, tokenizer, out.parent / "token_cache")
+    if master and world_size > 1:
+        dist.barrier()
+    split = Split(tokens, args.block_size, name)
     text_counts = split.train_counts(tokenizer.n_vocab)
     counts = load_counts(args.counts, tokenizer.n_vocab) if args.counts else text_counts
     weights = pdl_weights(counts, args.alpha, args.eps, args.normalize)
@@ -303,21 +328,26 @@ def main():
     if world_size > 1:
         trained = DistributedDataParallel(trained)
 
-    out = Path(args.out_dir)
     start_iter, best, before, after = 0, float("inf"), None, None
     if args.resume:
         state = torch.load(out / "resume.pt", map_location="cpu", weights_only=True)
+        if {k: w.shape for k, w in state["model"].items()} != {k: w.shape for k, w in model.state_dict().items()}:
+            raise ValueError(f"--resume: {out} holds a run of another model than {init_from}")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
         start_iter, best, before, after = state["iter"], state["best"], state["before"], state["after"]
         say(f"resuming at step {start_iter}")
     elif master:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "resume.pt").unlink(missing_ok=True)
+        for file in "resume.pt", "pytorch_model.bin":  # of an earlier run; a folder without weights is no checkpoint
+            (out / file).unlink(missing_ok=True)
         for file in "vocab.json", "merges.txt":
             replace(out / file, lambda path: shutil.copyfile(source / file, path))
-    log_file = open(out / "log.jsonl", "a" if args.resume else "w") if master else None
+    if master:
+        path = out / "log.jsonl"
+        kept = [line for line in path.open() if json.loads(line)["iter"] <= start_iter] if args.resume else []
+        log_file = path.open("w")
+        log_file.writelines(kept)
 
     def log(**entry):
         if master:
@@ -325,26 +355,50 @@ def main():
 
     def save_resume(it):
         state = {"args": vars(args) | {"resume": False}, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                 "rng": torch.get_rng_state(), "iter": it, "best": best, "before": before, "after": after}
+                 "iter": it, "best": best, "before": before, "after": after}
         replace(out / "resume.pt", lambda path: torch.save(state, path))
+
+    # Ctrl-C and SIGTERM are noted, and end the run where it can be continued: between two steps.
+    signals = []
+    for signum in signal.SIGINT, signal.SIGTERM:
+        signal.signal(signum, lambda signum, frame: signals.append(signum))
+
+    def stop_requested():
+        if world_size == 1:
+            return bool(signals)
+        stop = torch.tensor(len(signals), device=device)
+        dist.all_reduce(stop)  # all processes stop at the same step, also if only one was told to
+        return stop.item() > 0
+
+    def check_finite(loss, it):
+        if not math.isfinite(loss):
+            raise ValueError(f"the loss is {loss} at step {it}; {out} keeps the last good checkpoint. Try a lower --learning_rate, or a larger --eps")
 
     global_batch = args.batch_size * args.gradient_accumulation_steps
     t0, t0_iter = time.time(), start_iter
     for it in range(start_iter, args.max_iters + 1):
-        if it % args.eval_interval == 0 or it == args.max_iters:
+        due = it % args.eval_interval == 0 or it == args.max_iters
+        if due and (it > start_iter or not args.resume):
             t_eval = time.time()
             result = summarize(*evaluate(model, split, args.batch_size, args.eval_iters, device, autocast), bands, weights, token_bytes)
             say(f"step {it}: held-out cross-entropy {result['val_ce']:.4f}, PDL {result['val_pdl']:.4f}")
             log(iter=it, val_ce=result["val_ce"], val_pdl=result["val_pdl"])
+            check_finite(result["val_ce"], it)
             before = before or result
-            if it > 0 and result["val_ce"] < best:
-                best, after = result["val_ce"], result | {"iter": it}
+            if result["val_ce"] < best:
+                # What it starts from is saved, so that there is a checkpoint from the first moment, but is no result.
+                best, after = result["val_ce"] if it else float("inf"), result | {"iter": it}
                 if master:
                     model.save_pretrained(out)
-            if master and it > start_iter:
+            if master:
                 save_resume(it)
             t0 += time.time() - t_eval  # the log shows the speed of training
         if it == args.max_iters:
+            break
+        if stop_requested():
+            if master:
+                save_resume(it)
+            say(f"stopped at step {it}; to go on: {launcher} --resume" + (f" --out_dir {out}" if args.out_dir != "out" else ""))
             break
 
         # One global batch, drawn from the seed and the step alone: the same however it is split, and after a resume.
@@ -355,6 +409,7 @@ def main():
         mine = slice(rank * micro_steps * args.batch_size, (rank + 1) * micro_steps * args.batch_size)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(it, args)
+        torch.manual_seed(hash((args.seed, it, rank)))  # dropout's; it, too, follows from the step alone
         total = torch.zeros((), device=device)
         for micro_step, (x, y) in enumerate(zip(inputs[mine].split(args.batch_size), targets[mine].split(args.batch_size))):
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
@@ -374,8 +429,7 @@ def main():
             if world_size > 1:
                 dist.all_reduce(total)
             loss = total.item()
-            if not math.isfinite(loss):
-                raise ValueError(f"the loss is {loss} at step {it + 1}; {out} holds the last good checkpoint. Try a lower --learning_rate, or a larger --eps")
+            check_finite(loss, it + 1)
             seconds = (time.time() - t0) / (it + 1 - t0_iter)
             tok_per_s = global_batch * args.block_size / seconds
             left = seconds * (args.max_iters - it - 1)
@@ -383,7 +437,7 @@ def main():
             log(iter=it + 1, loss=loss, lr=learning_rate(it, args), tok_per_s=tok_per_s)
             t0, t0_iter = time.time(), it + 1
 
-    if master:
+    if master and it == args.max_iters:
         report = {"args": vars(args), "init_from": str(source), "before": before, "after": after}
         replace(out / "report.json", lambda path: path.write_text(json.dumps(report, indent=2) + "\n"))
         print(f"\n{table(before, after, args.alpha)}")
@@ -394,5 +448,16 @@ def main():
         dist.destroy_process_group()
 
 
+def main_in_memory():
+    """main, with the flags named that make a run smaller when memory runs out."""
+    try:
+        main()
+    except RuntimeError as error:  # torch.OutOfMemoryError, or what CPU and mps raise in its place
+        if "memory" not in str(error):
+            raise
+        raise ValueError("out of memory: halve --batch_size and double --gradient_accumulation_steps (the same training), "
+                         "add --activation_checkpointing, or lower --block_size") from None
+
+
 if __name__ == "__main__":
-    run(main)
+    run(main_in_memory)
