@@ -177,12 +177,9 @@ class GPT(nn.Module):
         folder = checkpoint_folder(name_or_folder)
         model = cls(read_config(folder))
         path = folder / "pytorch_model.bin"
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{folder} has no pytorch_model.bin; in Transformers, save_pretrained(..., safe_serialization=False) writes it") from None
-        except Exception as error:
-            raise ValueError(f"{path} is damaged or not a PyTorch checkpoint: {str(error).splitlines()[0]}") from None
+        if not path.exists():
+            raise FileNotFoundError(f"{folder} has no pytorch_model.bin; in Transformers, save_pretrained(..., safe_serialization=False) writes it")
+        state = load_state(path)
         state = {name.removeprefix("transformer."): w for name, w in state.items()}
         if "lm_head.weight" in state and not torch.equal(state["lm_head.weight"], state.get("wte.weight")):
             raise ValueError(f"{path}: lm_head.weight is not wte.weight, as it is in GPT-2")
@@ -239,6 +236,14 @@ def read_config(folder):
         if config.get(name, value) != value:
             raise ValueError(f"{path} describes another architecture than GPT-2: {name} is {config[name]!r}, not {value!r}")
     return GPTConfig(**{name: config[name] for name in asdict(GPTConfig()) if name in config})
+
+
+def load_state(path):
+    """What torch.save wrote: tensors and plain values only, so that a stranger's file runs no code. Raises ValueError."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise ValueError(f"{path} is damaged or not a PyTorch checkpoint: {str(error).splitlines()[0]}") from None
 
 
 def pick_device(name="auto", local_rank=0):

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from count import ArgumentParser, encode, load_tokenizer, read_text, run
-from model import GPT, GPTConfig, checkpoint_folder, pick_device, replace
+from model import GPT, GPTConfig, checkpoint_folder, load_state, pick_device, replace
 from pdl import linear_pdl_loss, pdl_weights, token_weights
 
 TINY = Path(__file__).parent / "tiny"  # a small pretrained checkpoint, so that all of this runs offline
@@ -72,7 +72,7 @@ def parse_args():
         path = Path(args.out_dir, "resume.pt")
         if not path.exists():
             p.error(f"--resume: there is no run to continue in {args.out_dir} (no resume.pt there)")
-        p.set_defaults(**torch.load(path, weights_only=True, mmap=True)["args"])
+        p.set_defaults(**load_state(path)["args"])
         args = p.parse_args()
     for name in "max_iters", "batch_size", "block_size", "gradient_accumulation_steps", "eval_interval", "eval_iters", "log_interval":
         if getattr(args, name) < 1:
@@ -330,7 +330,7 @@ def main():
 
     start_iter, best, before, after = 0, float("inf"), None, None
     if args.resume:
-        state = torch.load(out / "resume.pt", map_location="cpu", weights_only=True)
+        state = load_state(out / "resume.pt")
         if {k: w.shape for k, w in state["model"].items()} != {k: w.shape for k, w in model.state_dict().items()}:
             raise ValueError(f"--resume: {out} holds a run of another model than {init_from}")
         model.load_state_dict(state["model"])
