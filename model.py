@@ -286,10 +286,14 @@ def checkpoint_folder(name_or_folder):
     for file in FILES:
         if not (folder / file).exists():
             url = f"{endpoint}/{REPOS[name]}/resolve/main/{file}"
+            part = folder / f"{file}.part"
             try:
-                replace(folder / file, lambda path: _download(url, path))
-            except (OSError, RuntimeError) as error:
-                raise OSError(f"{name} is not cached in {folder} and cannot be downloaded from {url}: {error}") from None
+                _download(url, part)
+                os.replace(part, folder / file)
+            except OSError as error:
+                raise OSError(f"{name} is not in {folder} and cannot be downloaded from {url} ({getattr(error, 'reason', error)})") from None
+            finally:
+                part.unlink(missing_ok=True)
     return folder
 
 

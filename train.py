@@ -38,9 +38,10 @@ def parse_args():
     add("--alpha", type=float, default=0.5, help="strength of the decay; 0 is plain cross-entropy (default: %(default)s)")
     add("--eps", type=float, default=1e-6, help="added to every count, Eq. 3 (default: %(default)s)")
     add("--normalize", action="store_true", help="probabilities instead of raw counts in Eq. 3")
-    add("--counts", help="token counts from count.py (default: counted from the training split)")
+    add("--alpha_warmup_iters", type=int, default=0, help="raise alpha linearly from 0 over this many steps (default: %(default)s)")
+    add("--counts", nargs="+", metavar="FILE[:SCALE]", help="token counts from count.py, added up, each scaled if so asked (default: counted from the training split)")
     # text and model
-    add("--data", help="UTF-8 text, .gz or not (default: the Python language reference that comes with Python)")
+    add("--data", help="UTF-8 text, .gz or not, or .jsonl with a prompt and a completion a line (default: the Python language reference that comes with Python)")
     add("--init_from", help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, a folder, or scratch (default: gpt2, or tiny/ if that cannot be had)")
     add("--tokenizer", help="with --init_from scratch: the folder whose vocab.json and merges.txt to use")
     add("--n_layer", type=int, default=4, help="with --init_from scratch (default: %(default)s)")
@@ -77,7 +78,7 @@ def parse_args():
     for name in "max_iters", "batch_size", "block_size", "gradient_accumulation_steps", "eval_interval", "eval_iters", "log_interval":
         if getattr(args, name) < 1:
             p.error(f"--{name} must be at least 1")
-    for name in "alpha", "eps", "learning_rate", "weight_decay", "grad_clip", "warmup_iters":
+    for name in "alpha", "eps", "learning_rate", "weight_decay", "grad_clip", "warmup_iters", "alpha_warmup_iters":
         if not 0 <= getattr(args, name) < float("inf"):
             p.error(f"--{name} must be finite and not negative")
     if not 0 <= args.dropout < 1:
@@ -160,8 +161,69 @@ class Split:
         rows = torch.from_numpy(self.tokens[starts[:, None] + np.arange(self.B + 1)].astype(np.int64))
         return rows[:, :-1], rows[:, 1:]
 
+    def prompts(self, n):
+        """Up to n openings of held-out text to write on from, lists of tokens."""
+        starts = self.val_starts[np.linspace(0, len(self.val_starts) - 1, n).astype(int)]
+        return self.tokens[starts[:, None] + np.arange(self.B // 8)].tolist()
+
+
+class Pairs(Split):
+    """Prompts and completions: the prompt is the context X of Eq. 5 and carries no loss; every tenth pair is held out.
+
+    path: a JSON object a line, {"prompt": ..., "completion": ...}. A training sequence starts where a pair does and goes
+    on into the next ones, so that no context is wasted; held-out pairs are laid out so that each is scored once.
+    """
+
+    def __init__(self, path, tokenizer, block_size):
+        self.B, eot = block_size, tokenizer.eot_token
+        pairs = []  # tokens, and which of them carry loss
+        for number, line in enumerate("".join(read_text(path)).split("\n"), 1):
+            if not line.strip():
+                continue
+            try:
+                pair = json.loads(line)
+                prompt, completion = (tokenizer.encode_ordinary(pair[key]) for key in ("prompt", "completion"))
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(f'{path} line {number} is not {{"prompt": "...", "completion": "..."}}: {type(error).__name__} {error}') from None
+            pairs.append((prompt + completion + [eot], [False] * len(prompt) + [True] * (len(completion) + 1)))
+        if len(pairs) < 10:
+            raise ValueError(f"{path} has {len(pairs)} pairs; at least 10 are needed to hold a tenth out")
+        training = [pair for i, pair in enumerate(pairs) if i % 10 != 9]
+        rows = [([], [])]
+        for pair in pairs[9::10]:
+            if len(rows[-1][0]) + len(pair[0]) > block_size + 1 and rows[-1][0]:
+                rows.append(([], []))
+            for part, whole in zip(rows[-1], pair):
+                part.extend(whole)
+        # After the training pairs, room for a sequence that starts at the last one; after a held-out row, for the rest of it.
+        pad = lambda part, n, value: (part + [value] * n)[: max(n, 0)]
+        flat = lambda k, value: np.array(sum((pair[k] for pair in training), []) + [value] * block_size
+                                         + sum((pad(row[k], block_size + 1, value) for row in rows), []))
+        self.tokens, self.carries_loss = flat(0, eot).astype(np.uint32), flat(1, False).astype(bool)
+        self.n_train_tokens = sum(len(pair[0]) for pair in training)
+        self.starts = np.cumsum([0] + [len(pair[0]) for pair in training[:-1]])
+        self.n_train_starts = len(training)
+        self.val_starts = self.n_train_tokens + block_size + np.arange(len(rows)) * (block_size + 1)
+        self.val_prompts = [[t for t, carries in zip(*pair) if not carries][-block_size // 2 :] or [eot] for pair in pairs[9::10]]
+
+    def train_starts(self, u):
+        return self.starts[u]
+
+    def train_counts(self, n_vocab):
+        n = self.n_train_tokens
+        return np.bincount(self.tokens[:n][self.carries_loss[:n]], minlength=n_vocab)
+
+    def sequences(self, starts):
+        x, y = super().sequences(starts)
+        carries = torch.from_numpy(self.carries_loss[starts[:, None] + np.arange(1, self.B + 1)])
+        return x, torch.where(carries, y, -100)
+
+    def prompts(self, n):
+        return self.val_prompts[:n]
+
 
 def load_counts(path, n_vocab):
+    path, scale = split_scale(path)
     try:
         counts = np.load(path, allow_pickle=False)
     except (ValueError, EOFError) as error:
@@ -173,7 +235,16 @@ def load_counts(path, n_vocab):
         raise ValueError(f"--counts {path} has {len(counts):,} entries, as of {whose}, but the model's has {n_vocab:,}: count again with count.py --tokenizer")
     if not (np.isfinite(counts) & (counts >= 0)).all() or not counts.any():
         raise ValueError(f"--counts {path} must hold finite numbers that are not negative, and not only zeros")
-    return counts
+    return counts * scale
+
+
+def split_scale(path):
+    """"general.npy:0.1" -> ("general.npy", 0.1)"""
+    name, _, scale = path.rpartition(":")
+    try:
+        return (path, 1) if os.path.exists(path) or not name else (name, float(scale))
+    except ValueError:
+        return path, 1
 
 
 def frequency_bands(counts):
@@ -194,46 +265,83 @@ BANDS = "frequent", "middle", "rare"
 
 @torch.no_grad()
 def evaluate(model, split, batch_size, n_batches, device, autocast):
-    """Plain cross-entropy of held-out targets, in nats: (N,), and the targets themselves, (N,)."""
+    """Of every held-out target: its plain cross-entropy in nats, whether it was the likeliest token, itself; (N,) each."""
     model.eval()
     starts = split.val_starts
     starts = starts[np.linspace(0, len(starts) - 1, min(len(starts), batch_size * n_batches)).astype(int)]
-    losses, targets = [], []
+    results = []
     for i in range(0, len(starts), batch_size):
         x, y = (t.to(device) for t in split.sequences(starts[i : i + batch_size]))
         with autocast:
-            hidden = model(x, return_hidden=True).flatten(0, 1)
-            losses += [F.cross_entropy(F.linear(h, model.lm_head).float(), t, reduction="none").cpu()
-                       for h, t in zip(hidden.split(512), y.flatten().split(512))]
-        targets.append(y.flatten().cpu())
+            hidden = model(x, return_hidden=True)[y != -100]
+            for h, t in zip(hidden.split(512), y[y != -100].split(512)):  # all logits at once would not fit
+                logits = F.linear(h, model.lm_head).float()
+                results.append((F.cross_entropy(logits, t, reduction="none").cpu(), (logits.argmax(-1) == t).cpu(), t.cpu()))
     model.train()
-    return torch.cat(losses), torch.cat(targets)
+    return tuple(map(torch.cat, zip(*results)))
 
 
-def summarize(ce, targets, bands, weights, token_bytes):
-    """Means of held-out cross-entropy: over all targets, by frequency band, PDL-weighted, and in bits per byte."""
+def summarize(ce, correct, targets, bands, weights, token_bytes):
+    """Means over held-out targets, of all and by frequency band."""
     w = weights[targets]
     of = {name: bands[targets] == i for i, name in enumerate(BANDS)}
+    mean = lambda x: {name: x[m].double().mean().item() for name, m in of.items()}
     return {
         "val_ce": ce.mean().item(),
         "val_pdl": ((w * ce).sum() / w.sum()).item(),
         "bits_per_byte": (ce.sum() / token_bytes[targets].sum() / math.log(2)).item(),
-        "ce_by_band": {name: ce[m].mean().item() for name, m in of.items()},
+        "accuracy": correct.double().mean().item(),
+        "ce_by_band": mean(ce),
+        "accuracy_by_band": mean(correct),
         "share_of_text": {name: m.double().mean().item() for name, m in of.items()},
-        "share_of_weight": {name: (w[m].sum() / w.sum()).item() for name, m in of.items()},
     }
 
 
-def table(before, after, alpha):
-    lines = ["held-out cross-entropy, nats per token", f"{'target tokens':<16}{'of the text':>12}{'of the loss*':>14}{'before':>10}{'after':>10}{'change':>10}"]
-    for name in BANDS:
-        b, a = before["ce_by_band"][name], after["ce_by_band"][name]
-        lines.append(f"{name:<16}{before['share_of_text'][name]:12.1%}{before['share_of_weight'][name]:14.1%}{b:10.3f}{a:10.3f}{a - b:+10.3f}")
-    b, a = before["val_ce"], after["val_ce"]
-    lines.append(f"{'all':<16}{1:12.1%}{1:14.1%}{b:10.3f}{a:10.3f}{a - b:+10.3f}")
-    lines.append(f"{'bits per byte':<42}{before['bits_per_byte']:10.3f}{after['bits_per_byte']:10.3f}{after['bits_per_byte'] - before['bits_per_byte']:+10.3f}")
-    lines.append(f"* the share of the weights w(t) at alpha {alpha:g}; at alpha 0 it is the share of the text")
+def table(before, after, weight_share, alpha):
+    lines = [f"{'held-out targets':<18}{'share of':>9}{'share of':>10}   {'cross-entropy, nats':^27}   {'top-1 accuracy':^18}",
+             f"{'':<18}{'text':>9}{'weight*':>10}   {'before':>8}{'after':>9}{'change':>10}   {'before':>9}{'after':>9}"]
+    for name in (*BANDS, "all"):
+        if name == "all":
+            shares, (b, a), (c, d) = (1, 1), (before["val_ce"], after["val_ce"]), (before["accuracy"], after["accuracy"])
+        else:
+            shares = before["share_of_text"][name], weight_share[name]
+            (b, a), (c, d) = ([r[key][name] for r in (before, after)] for key in ("ce_by_band", "accuracy_by_band"))
+        lines.append(f"{name:<18}{shares[0]:9.1%}{shares[1]:10.1%}   {b:8.3f}{a:9.3f}{a - b:+10.3f}   {c:9.1%}{d:9.1%}")
+    lines.append(f"bits per byte {before['bits_per_byte']:.3f} before, {after['bits_per_byte']:.3f} after")
+    lines.append(f"* share of the loss's weights w(t) in the training text at alpha {alpha:g}; at alpha 0 it is the share of text")
     return "\n".join(lines)
+
+
+def measure_text(samples, held_out, bands, n_vocab):
+    """What is known of text without a judge: samples, lists of tokens, against the held-out targets (N,)."""
+    tokens = np.concatenate(samples).astype(np.int64)
+    ngrams = lambda sample, n: list(zip(*(sample[i:] for i in range(n))))
+    pooled = {n: [g for sample in samples for g in ngrams(sample, n)] for n in (1, 2, 3)}
+    # Add-one on the held-out side, so that a token it lacks costs much rather than everything.
+    p, q = np.bincount(tokens, minlength=n_vocab), np.bincount(held_out, minlength=n_vocab) + 1
+    p, q = p[p > 0] / p.sum(), (q / q.sum())[p > 0]
+    fours = [ngrams(sample, 4) for sample in samples if len(sample) > 3]
+    return {
+        # distinct n-grams among all (Li et al. 2016)
+        **{f"distinct_{n}": len(set(grams)) / max(1, len(grams)) for n, grams in pooled.items()},
+        # n-grams that the same sample had before, n = 4 (seq-rep-4, Welleck et al. 2020)
+        "repeated_4": float(np.mean([1 - len(set(grams)) / len(grams) for grams in fours])) if fours else 0.0,
+        "distinct_tokens": len(set(tokens.tolist())),  # (Choi et al. 2020, "uniq")
+        "rare_share": (bands[tokens] == 2).double().mean().item(),
+        "rare_share_held_out": (bands[held_out] == 2).double().mean().item(),
+        "kl": float((p * np.log(p / q)).sum()),  # KL(sampled || held-out) of single tokens, nats (Choi et al. 2020)
+    }
+
+
+def write_samples(model, prompts, length, temperature, eot, seed):
+    """A continuation of every prompt, as long as length or up to <|endoftext|>."""
+    torch.manual_seed(seed)
+    samples = []
+    for n in sorted({len(prompt) for prompt in prompts}):  # those of one length in one batch
+        idx = torch.tensor([prompt for prompt in prompts if len(prompt) == n], device=model.lm_head.device)
+        for row in model.generate(idx, length, temperature)[:, n:].tolist():
+            samples.append(row[: row.index(eot)] if eot in row else row)
+    return samples
 
 
 # --- training ---
@@ -281,7 +389,7 @@ def main():
             if args.init_from:
                 raise
             source = TINY
-            fallback = f"NOTE: this is tiny/, a 4-million-parameter stand-in, not GPT-2: {error}"
+            fallback = f"NOTE: tiny/ stands in for GPT-2 here, a model of 4 million parameters: {error}"
             say(fallback)
     tokenizer = load_tokenizer(source)
     if init_from == "scratch":
@@ -301,24 +409,27 @@ def main():
     # Text, counts, weights.
     name = args.data or "the Python language reference"
     out = Path(args.out_dir)
-    if not master:
-        dist.barrier()  # the first process fills the cache
-    tokens = load_tokens(args.data, tokenizer, out.parent / "token_cache")
-    if master and world_size > 1:
-        dist.barrier()
-    split = Split(tokens, args.block_size, name)
+    if args.data and args.data.endswith(".jsonl"):
+        split = Pairs(args.data, tokenizer, args.block_size)
+    else:
+        if not master:
+            dist.barrier()  # the first process fills the cache
+        tokens = load_tokens(args.data, tokenizer, out.parent / "token_cache")
+        if master and world_size > 1:
+            dist.barrier()
+        split = Split(tokens, args.block_size, name)
     text_counts = split.train_counts(tokenizer.n_vocab)
-    counts = load_counts(args.counts, tokenizer.n_vocab) if args.counts else text_counts
+    counts = sum(load_counts(path, tokenizer.n_vocab) for path in args.counts) if args.counts else text_counts
     weights = pdl_weights(counts, args.alpha, args.eps, args.normalize)
     bands = frequency_bands(counts)
     token_bytes = torch.tensor([len(tokenizer.decode_single_token_bytes(i)) for i in range(tokenizer.n_vocab)])
     say(f"{name}: {len(split.tokens):,} tokens, {len(split.val_starts) * args.block_size:,} of them held out; alpha {args.alpha:g}, eps {args.eps:g}")
-    share = text_counts * weights.numpy()
-    share = share[counts == 0].sum() / share.sum()
+    mass = text_counts * weights.double().numpy()
+    weight_share = {name: mass[bands == i].sum() / mass.sum() for i, name in enumerate(BANDS)}
+    share = mass[counts == 0].sum() / mass.sum()
     if share > 0:
         say(f"WARNING: {share:.1%} of the loss weight is on tokens that --counts never counted (each weighs eps^-alpha = {args.eps ** -args.alpha:,.0f}). "
             "Count the training text too, or use --eps 1.")
-    device_weights = weights.to(device)
 
     # AdamW; nothing that is a bias or a gain decays.
     groups = [{"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": args.weight_decay},
@@ -405,7 +516,11 @@ def main():
         draw = np.random.default_rng((args.seed, it)).integers(split.n_train_starts, size=global_batch)
         inputs, targets = split.sequences(split.train_starts(draw))
         # The denominator is that of the whole batch, so that the gradient is, too.
-        denominator = token_weights(targets, weights).sum().item()
+        if it < args.alpha_warmup_iters:
+            step_weights = pdl_weights(counts, args.alpha * it / args.alpha_warmup_iters, args.eps, args.normalize)
+        else:
+            step_weights = weights
+        denominator = token_weights(targets, step_weights).sum().item() or 1.0  # no target at all: no loss
         mine = slice(rank * micro_steps * args.batch_size, (rank + 1) * micro_steps * args.batch_size)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(it, args)
@@ -417,7 +532,7 @@ def main():
                 trained.require_backward_grad_sync = micro_step == micro_steps - 1
             with autocast:
                 hidden = trained(x, return_hidden=True)
-                loss = linear_pdl_loss(hidden, model.lm_head, y, device_weights, reduction="sum") / denominator
+                loss = linear_pdl_loss(hidden, model.lm_head, y, step_weights, reduction="sum") / denominator
             (loss * world_size).backward()  # DDP takes the mean over the processes; the sum is wanted
             total += loss.detach()
         if args.grad_clip:
@@ -438,9 +553,19 @@ def main():
             t0, t0_iter = time.time(), it + 1
 
     if master and it == args.max_iters:
-        report = {"args": vars(args), "init_from": str(source), "before": before, "after": after}
+        best_model = GPT.from_pretrained(out).to(device).eval()
+        prompts = split.prompts(32)
+        _, _, held_out = evaluate(best_model, split, args.batch_size, args.eval_iters, device, autocast)
+        length = min(128, args.block_size - max(map(len, prompts)))
+        with autocast:
+            text = {name: measure_text(write_samples(best_model, prompts, length, temperature, tokenizer.eot_token, args.seed), held_out, bands, tokenizer.n_vocab)
+                    for name, temperature in (("sampled", 1.0), ("greedy", 0.0))}
+        report = {"args": vars(args), "init_from": str(source), "share_of_weight": weight_share, "before": before, "after": after, "text": text}
         replace(out / "report.json", lambda path: path.write_text(json.dumps(report, indent=2) + "\n"))
-        print(f"\n{table(before, after, args.alpha)}")
+        print(f"\n{table(before, after, weight_share, args.alpha)}")
+        print(f"\n{len(prompts)} held-out openings, continued by the model")
+        for key in text["sampled"]:
+            print(f"{key:<20}" + "".join(f"{name:>12} {text[name][key]:9.4g}" for name in text))
         print(f"\nbest step {after['iter']}, saved in {out}/; now: python sample.py" + (f" --init_from {out}" if args.out_dir != "out" else ""))
         if fallback:
             print(fallback)
