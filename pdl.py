@@ -129,12 +129,14 @@ class _ChunkedLoss(torch.autograd.Function):
         loss = w.new_zeros(())
         grad_hidden = torch.empty_like(hidden) if with_grad else None
         grad_lm_head = torch.zeros_like(lm_head) if with_grad else None
+        # Allocated once: on a CPU, fresh memory of this size is paged in anew each time.
+        logits_buffer, p_buffer = hidden.new_empty(2, min(rows, len(hidden)), len(lm_head))
         for start in range(0, len(hidden), rows):
             chunk = slice(start, start + rows)
             h, t, wt = hidden[chunk], targets[chunk], w[chunk]
             row = torch.arange(len(t), device=t.device)
-            logits = h @ lm_head.T
-            p = torch.softmax(logits, dim=-1)
+            logits = torch.mm(h, lm_head.T, out=logits_buffer[: len(t)])
+            p = torch.softmax(logits, dim=-1, out=p_buffer[: len(t)])
             # logsumexp by way of the largest p: that is at least 1/V, so half precision neither makes it 0 nor, unlike
             # a sum of V terms, loses digits.
             top, at = logits.max(dim=-1)
@@ -169,15 +171,13 @@ def _check(shape, vocab_size, targets, weights, reduction):
 
 
 if __name__ == "__main__":
-    # Word frequencies follow a power law themselves (Zipf): the token of rank r occurs about 1/r as often as the first.
+    # Word frequencies follow a power law themselves (Zipf): the r-th most frequent token occurs 1/r as often as the first.
     counts = (1_000_000 / torch.arange(1, 50_001)).long()
-    ranks = [1, 100, 10_000]
-    bands = {"the 100 most frequent": slice(0, 100), "the next 9,900": slice(100, 10_000), "the other 40,000": slice(10_000, None)}
-    print("alpha", *(f"weight of {counts[r - 1]:>9,}x" for r in ranks), *(f"{b:>22}" for b in bands), sep="  ")
-    for alpha in (0, 0.25, 0.5, 0.75, 1, 1.5):
+    print("        weight w(t) of a token counted          share of the loss, were all equally hard")
+    print("alpha   1,000,000 x    10,000 x     100 x       top 100 tokens   next 9,900   other 40,000")
+    for alpha in 0, 0.25, 0.5, 0.75, 1, 1.5:
         weights = pdl_weights(counts, alpha)
-        share = counts * weights / (counts * weights).sum()  # of the loss, if all tokens were equally hard
-        print(f"{alpha:5}", *(f"{weights[r - 1]:20.7f}" for r in ranks),
-              *(f"{share[band].sum():22.1%}" for band in bands.values()), sep="  ")
-    print("A weight per token as often seen as that; then the share of the loss that each band of tokens gets.")
-    print("At alpha = 1 every token of the vocabulary gets the same share, however rare it is.")
+        share = counts * weights / (counts * weights).sum()
+        print(f"{alpha:5}", *(f"{weights[rank - 1]:11.2e}" for rank in (1, 100, 10_000)),
+              *(f"{part.sum():14.1%}" for part in share.tensor_split((100, 10_000))))
+    print("At alpha = 0 this is cross-entropy; at alpha = 1 every token of the vocabulary has the same share, rare or not.")

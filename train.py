@@ -9,12 +9,14 @@ The best weights by held-out cross-entropy go to out/ as a Hugging Face GPT-2 fo
 """
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import math
 import os
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -95,6 +97,18 @@ def pick_dtype(name, device):
     else:
         fast = device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
     return torch.bfloat16 if fast else torch.float32
+
+
+def keep_freed_memory():
+    """Have glibc reuse what is freed. By default large blocks go back to the system, and each step pages them in anew.
+
+    Measured with GPT-2 124M on two CPU cores: 2.3 instead of 2.7 seconds a step.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 # --- text ---
@@ -371,6 +385,8 @@ def main():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    elif device.type == "cpu":
+        keep_freed_memory()
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(args.seed)
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()

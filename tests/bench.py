@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 from count import count_tokens, load_tokenizer
 from model import GPT, GPTConfig
 from pdl import linear_pdl_loss, token_weights
-from train import pick_dtype
+from train import keep_freed_memory, pick_dtype
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -77,6 +77,8 @@ def training(ours):
     dtype = pick_dtype("auto", torch.device(DEVICE)) if ours or DEVICE == "cuda" else torch.float32
     # nanoGPT's recipe: on a GPU compiled, in bfloat16, with the fused AdamW; on a CPU in float32 with neither.
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=ours or DEVICE == "cuda")
+    if ours and DEVICE == "cpu":
+        keep_freed_memory()
     forward = torch.compile(model) if DEVICE == "cuda" and not ours else model
 
     def step():
