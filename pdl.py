@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-# linear_pdl_loss holds this many logits at a time: 667 rows of GPT-2's 50,257. Fewer starve the matrix product, and each
+# linear_pdl_loss holds this many logits at a time: 333 rows of GPT-2's 50,257. Fewer starve the matrix product, and each
 # chunk costs a pass over lm_head's gradient; more take memory and gain nothing. Seconds for 4096 x 768 -> 50257, forward
 # and backward, on two CPU cores with AMX, by the rows of a chunk:
 #               128   256   512   667  1024  2048
-CHUNK_LOGITS = 2**25
+CHUNK_LOGITS = 2**24
 
 
 def pdl_weights(counts, alpha=0.5, eps=1e-6, normalize=False):
@@ -146,14 +146,16 @@ class _ChunkedLoss(torch.autograd.Function):
                 p[row, t] -= 1
                 grad_hidden[chunk] = (p @ lm_head) * wt[:, None]
                 grad_lm_head.addmm_(p.T, (h * wt[:, None]).to(h.dtype))
-        ctx.save_for_backward(grad_hidden, grad_lm_head)
+        ctx.gradients = grad_hidden, grad_lm_head
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        grad_hidden, grad_lm_head = ctx.saved_tensors
-        return grad_hidden * grad.to(grad_hidden), grad_lm_head * grad.to(grad_lm_head), None, None, None, None
+        if ctx.gradients is None:
+            raise RuntimeError("linear_pdl_loss: a second backward pass needs a second forward pass")
+        (grad_hidden, grad_lm_head), ctx.gradients = ctx.gradients, None  # scaled in place: a copy is as large as lm_head
+        return grad_hidden.mul_(grad), grad_lm_head.mul_(grad), None, None, None, None
 
 
 def _divide(loss, w):
