@@ -60,7 +60,7 @@ def token_weights(targets, weights, ignore_index=-100):
     all of them first and divide reduction="sum" by that: a mean of means is another loss, since weights differ.
     """
     keep = targets != ignore_index
-    return weights[torch.where(keep, targets, 0)] * keep
+    return weights.to(targets.device)[torch.where(keep, targets, 0)] * keep
 
 
 def pdl_loss(logits, targets, weights, reduction="mean", ignore_index=-100):
