@@ -14,7 +14,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import time
@@ -210,10 +209,11 @@ class Pairs(Split):
             for part, whole in zip(rows[-1], pair):
                 part.extend(whole)
         # After the training pairs, room for a sequence that starts at the last one; after a held-out row, for the rest of it.
-        pad = lambda part, n, value: (part + [value] * n)[: max(n, 0)]
-        flat = lambda k, value: np.array(sum((pair[k] for pair in training), []) + [value] * block_size
-                                         + sum((pad(row[k], block_size + 1, value) for row in rows), []))
-        self.tokens, self.carries_loss = flat(0, eot).astype(np.uint32), flat(1, False).astype(bool)
+        pad = lambda part, value: (part + [value] * (block_size + 1))[: block_size + 1]
+        self.tokens, self.carries_loss = (
+            np.concatenate([np.array(part, dtype) for part in (*(pair[k] for pair in training), [value] * block_size, *(pad(row[k], value) for row in rows))])
+            for k, value, dtype in ((0, eot, np.uint32), (1, False, bool))
+        )
         self.n_train_tokens = sum(len(pair[0]) for pair in training)
         self.starts = np.cumsum([0] + [len(pair[0]) for pair in training[:-1]])
         self.n_train_starts = len(training)
@@ -278,13 +278,18 @@ BANDS = "frequent", "middle", "rare"
 
 
 @torch.no_grad()
-def evaluate(model, split, batch_size, n_batches, device, autocast):
-    """Of every held-out target: its plain cross-entropy in nats, whether it was the likeliest token, itself; (N,) each."""
+def evaluate(model, split, batch_size, n_batches, device, autocast, signals=()):
+    """Of every held-out target: its plain cross-entropy in nats, whether it was the likeliest token, itself; (N,) each.
+
+    None if one of the signals came meanwhile.
+    """
     model.eval()
     starts = split.val_starts
     starts = starts[np.linspace(0, len(starts) - 1, min(len(starts), batch_size * n_batches)).astype(int)]
     results = []
     for i in range(0, len(starts), batch_size):
+        if signals:
+            break
         x, y = (t.to(device) for t in split.sequences(starts[i : i + batch_size]))
         with autocast:
             hidden = model(x, return_hidden=True)[y != -100]
@@ -292,7 +297,7 @@ def evaluate(model, split, batch_size, n_batches, device, autocast):
                 logits = F.linear(h, model.lm_head).float()
                 results.append((F.cross_entropy(logits, t, reduction="none").cpu(), (logits.argmax(-1) == t).cpu(), t.cpu()))
     model.train()
-    return tuple(map(torch.cat, zip(*results)))
+    return None if signals else tuple(map(torch.cat, zip(*results)))
 
 
 def summarize(ce, correct, targets, bands, weights, token_bytes):
@@ -408,6 +413,7 @@ def main():
             fallback = f"NOTE: tiny/ stands in for GPT-2 here, a model of 4 million parameters: {error}"
             say(fallback)
     tokenizer = load_tokenizer(source)
+    tokenizer_files = {file: (source / file).read_bytes() for file in ("vocab.json", "merges.txt")}
     if init_from == "scratch":
         model = GPT(GPTConfig(tokenizer.n_vocab, args.block_size, args.n_embd, args.n_layer, args.n_head))
     else:
@@ -455,21 +461,17 @@ def main():
     if world_size > 1:
         trained = DistributedDataParallel(trained)
 
-    start_iter, best, before, after = 0, float("inf"), None, None
+    start_iter, evaluated, best, before, after = 0, None, float("inf"), None, None
     if args.resume:
         state = load_state(out / "resume.pt")
         if {k: w.shape for k, w in state["model"].items()} != {k: w.shape for k, w in model.state_dict().items()}:
             raise ValueError(f"--resume: {out} holds a run of another model than {init_from}")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        start_iter, best, before, after = state["iter"], state["best"], state["before"], state["after"]
+        start_iter, evaluated, best, before, after = (state[name] for name in ("iter", "evaluated", "best", "before", "after"))
         say(f"resuming at step {start_iter}")
     elif master:
         out.mkdir(parents=True, exist_ok=True)
-        for file in "resume.pt", "pytorch_model.bin":  # of an earlier run; a folder without weights is no checkpoint
-            (out / file).unlink(missing_ok=True)
-        for file in "vocab.json", "merges.txt":
-            replace(out / file, lambda path: shutil.copyfile(source / file, path))
     if master:
         path = out / "log.jsonl"
         kept = [line for line in path.open() if json.loads(line)["iter"] <= start_iter] if args.resume else []
@@ -480,15 +482,19 @@ def main():
         if master:
             print(json.dumps(entry), file=log_file, flush=True)
 
+    def save_checkpoint():
+        for file in "vocab.json", "merges.txt":
+            replace(out / file, lambda path: path.write_bytes(tokenizer_files[file]))
+        model.save_pretrained(out)
+
     def save_resume(it):
         state = {"args": vars(args) | {"resume": False}, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                 "iter": it, "best": best, "before": before, "after": after}
+                 "iter": it, "evaluated": evaluated, "best": best, "before": before, "after": after}
         replace(out / "resume.pt", lambda path: torch.save(state, path))
 
     # Ctrl-C and SIGTERM are noted, and end the run where it can be continued: between two steps.
     signals = []
-    for signum in signal.SIGINT, signal.SIGTERM:
-        signal.signal(signum, lambda signum, frame: signals.append(signum))
+    handlers = {signum: signal.signal(signum, lambda signum, frame: signals.append(signum)) for signum in (signal.SIGINT, signal.SIGTERM)}
 
     def stop_requested():
         if world_size == 1:
@@ -504,10 +510,11 @@ def main():
     global_batch = args.batch_size * args.gradient_accumulation_steps
     t0, t0_iter = time.time(), start_iter
     for it in range(start_iter, args.max_iters + 1):
-        due = it % args.eval_interval == 0 or it == args.max_iters
-        if due and (it > start_iter or not args.resume):
-            t_eval = time.time()
-            result = summarize(*evaluate(model, split, args.batch_size, args.eval_iters, device, autocast), bands, weights, token_bytes)
+        t_eval, result = time.time(), None
+        if (it % args.eval_interval == 0 or it == args.max_iters) and it != evaluated:
+            result = evaluate(model, split, args.batch_size, args.eval_iters, device, autocast, signals)
+        if result:
+            result, evaluated = summarize(*result, bands, weights, token_bytes), it
             say(f"step {it}: held-out cross-entropy {result['val_ce']:.4f}, PDL {result['val_pdl']:.4f}")
             log(iter=it, val_ce=result["val_ce"], val_pdl=result["val_pdl"])
             check_finite(result["val_ce"], it)
@@ -516,11 +523,11 @@ def main():
                 # What it starts from is saved, so that there is a checkpoint from the first moment, but is no result.
                 best, after = result["val_ce"] if it else float("inf"), result | {"iter": it}
                 if master:
-                    model.save_pretrained(out)
+                    save_checkpoint()
             if master:
                 save_resume(it)
             t0 += time.time() - t_eval  # the log shows the speed of training
-        if it == args.max_iters:
+        if it == args.max_iters and evaluated == it:
             break
         if stop_requested():
             if master:
@@ -568,7 +575,9 @@ def main():
             log(iter=it + 1, loss=loss, lr=learning_rate(it, args), tok_per_s=tok_per_s)
             t0, t0_iter = time.time(), it + 1
 
-    if master and it == args.max_iters:
+    for signum, handler in handlers.items():  # all is saved: from here on, a signal just ends the process
+        signal.signal(signum, handler)
+    if master and evaluated == args.max_iters:
         best_model = GPT.from_pretrained(out).to(device).eval()
         prompts = split.prompts(32)
         _, _, held_out = evaluate(best_model, split, args.batch_size, args.eval_iters, device, autocast)
