@@ -50,7 +50,7 @@ def parse_args():
     add("--n_embd", type=int, default=256, help="with --init_from scratch (default: %(default)s)")
     add("--dropout", type=float, default=0.0, help="(default: %(default)s)")
     # the loop
-    add("--max_iters", type=int, default=200, help="optimizer steps (default: %(default)s)")
+    add("--max_iters", type=int, default=300, help="optimizer steps (default: %(default)s)")
     add("--batch_size", type=int, default=16, help="sequences in a micro-step (default: %(default)s)")
     add("--block_size", type=int, default=256, help="tokens in a sequence (default: %(default)s)")
     add("--gradient_accumulation_steps", type=int, default=1, help="micro-steps in a step, of all devices together (default: %(default)s)")
