@@ -298,7 +298,7 @@ def checkpoint_folder(name_or_folder):
                 _download(url, part, SHA256.get(name) if file == FILES[-1] and endpoint == HUB else None)
                 os.replace(part, folder / file)
             except (OSError, RuntimeError) as error:  # torch.hub raises the latter for a wrong hash
-                raise OSError(f"{name} is not in {folder} and cannot be downloaded from {url} ({getattr(error, 'reason', error)})") from None
+                raise OSError(f"{name} is not cached, and {url} cannot be downloaded ({getattr(error, 'reason', error)})") from None
             finally:
                 part.unlink(missing_ok=True)
     return folder

@@ -300,14 +300,16 @@ def evaluate(model, split, batch_size, n_batches, device, autocast, signals=()):
     return None if signals else tuple(map(torch.cat, zip(*results)))
 
 
-def summarize(ce, correct, targets, bands, weights, token_bytes):
+def summarize(ce, correct, targets, bands, weights, token_bytes, never_counted):
     """Means over held-out targets, of all and by frequency band."""
-    w = weights[targets]
+    w, uncounted = weights[targets], never_counted[targets]
     of = {name: bands[targets] == i for i, name in enumerate(BANDS)}
     mean = lambda x: {name: x[m].double().mean().item() for name, m in of.items()}
     return {
         "val_ce": ce.mean().item(),
         "val_pdl": ((w * ce).sum() / w.sum()).item(),
+        "uncounted": uncounted.sum().item(),
+        "uncounted_weight": (w[uncounted].sum() / w.sum()).item(),
         "bits_per_byte": (ce.sum() / token_bytes[targets].sum() / math.log(2)).item(),
         "accuracy": correct.double().mean().item(),
         "ce_by_band": mean(ce),
@@ -410,7 +412,7 @@ def main():
             if args.init_from:
                 raise
             source = TINY
-            fallback = f"NOTE: tiny/ stands in for GPT-2 here, a model of 4 million parameters: {error}"
+            fallback = f"NOTE: {error}. In its place: tiny/, 4 million parameters"
             say(fallback)
     tokenizer = load_tokenizer(source)
     tokenizer_files = {file: (source / file).read_bytes() for file in ("vocab.json", "merges.txt")}
@@ -514,8 +516,10 @@ def main():
         if (it % args.eval_interval == 0 or it == args.max_iters) and it != evaluated:
             result = evaluate(model, split, args.batch_size, args.eval_iters, device, autocast, signals)
         if result:
-            result, evaluated = summarize(*result, bands, weights, token_bytes), it
+            result, evaluated = summarize(*result, bands, weights, token_bytes, torch.from_numpy(counts == 0)), it
             say(f"step {it}: held-out cross-entropy {result['val_ce']:.4f}, PDL {result['val_pdl']:.4f}")
+            if it == start_iter and result["uncounted_weight"] > 0.1:
+                say(f"        ({result['uncounted_weight']:.0%} of that PDL's weight is on {result['uncounted']} held-out targets that were never counted)")
             log(iter=it, val_ce=result["val_ce"], val_pdl=result["val_pdl"])
             check_finite(result["val_ce"], it)
             before = before or result
