@@ -61,7 +61,7 @@ def test_training_follows_the_loss(text):
     from train import Split, load_tokens
     from count import load_tokenizer
 
-    split = Split(load_tokens(text / "text.txt", load_tokenizer(ROOT / "tiny")), 32, "text")
+    split = Split(load_tokens(text / "text.txt", load_tokenizer(ROOT / "tiny"), text / "token_cache"), 32, "text")
     x, y = split.sequences(split.train_starts(np.random.default_rng((1337, 0)).integers(split.n_train_starts, size=8)))
     w = pdl_weights(split.train_counts(4096), 1.0)[y]
     model = GPT.from_pretrained(ROOT / "tiny").train()
