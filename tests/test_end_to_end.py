@@ -72,8 +72,10 @@ def test_training_follows_the_loss(text):
     loss.backward()
     optimizer.step()
     for a, b in zip(GPT.from_pretrained(text / "out").parameters(), model.parameters()):
-        # Adam's first step is lr * sign(gradient): all but equal, save where the gradient is next to nothing.
-        assert ((a - b).abs() > 1e-5).float().mean() < 0.01
+        # Adam's first step is lr * sign(gradient): of a gradient that is nothing (the keys' bias), the sign of its rounding.
+        clear = b.grad.abs() > 1e-5
+        torch.testing.assert_close(a[clear], b[clear], rtol=0, atol=1e-6)
+    assert (model.wte.weight.grad.abs() > 1e-5).float().mean() > 0.2
 
 
 def test_held_out_text_is_never_trained_on(text):
