@@ -91,7 +91,7 @@ class Block(nn.Module):
         x = x + self.attn(self.ln_1(x), cache, pos)
         if self.training:
             # Half of what a block keeps for its backward pass is inside the MLP, and cheap to compute again: GPT-2 124M
-            # at 4 x 512 tokens takes 0.15 GB less and 3% more time.
+            # at 4 x 512 tokens takes 3.0 instead of 3.4 GB, and 6% more time.
             return x + checkpoint(lambda x: self.mlp(self.ln_2(x)), x, use_reentrant=False)
         return x + self.mlp(self.ln_2(x))
 
