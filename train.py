@@ -174,6 +174,10 @@ class Split:
         rows = torch.from_numpy(self.tokens[starts[:, None] + np.arange(self.B + 1)].astype(np.int64))
         return rows[:, :-1], rows[:, 1:]
 
+    def val_sample(self, n):
+        """The first tokens of at most n held-out sequences, evenly spread."""
+        return self.val_starts[np.linspace(0, len(self.val_starts) - 1, min(len(self.val_starts), n)).astype(int)]
+
     def prompts(self, n):
         """Up to n openings of held-out text to write on from, lists of tokens."""
         starts = self.val_starts[np.linspace(0, len(self.val_starts) - 1, n).astype(int)]
@@ -284,8 +288,7 @@ def evaluate(model, split, batch_size, n_batches, device, autocast, signals=()):
     None if one of the signals came meanwhile.
     """
     model.eval()
-    starts = split.val_starts
-    starts = starts[np.linspace(0, len(starts) - 1, min(len(starts), batch_size * n_batches)).astype(int)]
+    starts = split.val_sample(batch_size * n_batches)
     results = []
     for i in range(0, len(starts), batch_size):
         if signals:
@@ -584,7 +587,8 @@ def main():
     if master and evaluated == args.max_iters:
         best_model = GPT.from_pretrained(out).to(device).eval()
         prompts = split.prompts(32)
-        _, _, held_out = evaluate(best_model, split, args.batch_size, args.eval_iters, device, autocast)
+        _, held_out = split.sequences(split.val_sample(args.batch_size * args.eval_iters))
+        held_out = held_out[held_out != -100]
         length = min(128, args.block_size - max(map(len, prompts)))
         with autocast:
             text = {name: measure_text(write_samples(best_model, prompts, length, temperature, tokenizer.eot_token, args.seed), held_out, bands, tokenizer.n_vocab)
