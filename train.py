@@ -180,8 +180,7 @@ class Split:
 
     def prompts(self, n):
         """Up to n openings of held-out text to write on from, lists of tokens."""
-        starts = self.val_starts[np.linspace(0, len(self.val_starts) - 1, n).astype(int)]
-        return self.tokens[starts[:, None] + np.arange(self.B // 8)].tolist()
+        return self.tokens[self.val_sample(n)[:, None] + np.arange(self.B // 8)].tolist()
 
 
 class Pairs(Split):
@@ -282,13 +281,12 @@ BANDS = "frequent", "middle", "rare"
 
 
 @torch.no_grad()
-def evaluate(model, split, batch_size, n_batches, device, autocast, signals=()):
-    """Of every held-out target: its plain cross-entropy in nats, whether it was the likeliest token, itself; (N,) each.
+def evaluate(model, split, starts, batch_size, device, autocast, signals=()):
+    """Of every target in the sequences at starts: its plain cross-entropy in nats, whether it was the likeliest token, itself; (N,) each.
 
     None if one of the signals came meanwhile.
     """
     model.eval()
-    starts = split.val_sample(batch_size * n_batches)
     results = []
     for i in range(0, len(starts), batch_size):
         if signals:
@@ -360,11 +358,12 @@ def measure_text(samples, held_out, bands, n_vocab):
 def write_samples(model, prompts, length, temperature, eot, seed):
     """A continuation of every prompt, as long as length or up to <|endoftext|>."""
     torch.manual_seed(seed)
-    samples = []
+    samples = [None] * len(prompts)
     for n in sorted({len(prompt) for prompt in prompts}):  # those of one length in one batch
-        idx = torch.tensor([prompt for prompt in prompts if len(prompt) == n], device=model.lm_head.device)
-        for row in model.generate(idx, length, temperature)[:, n:].tolist():
-            samples.append(row[: row.index(eot)] if eot in row else row)
+        which = [i for i, prompt in enumerate(prompts) if len(prompt) == n]
+        idx = torch.tensor([prompts[i] for i in which], device=model.lm_head.device)
+        for i, row in zip(which, model.generate(idx, length, temperature)[:, n:].tolist()):
+            samples[i] = row[: row.index(eot)] if eot in row else row
     return samples
 
 
@@ -512,12 +511,13 @@ def main():
         if not math.isfinite(loss):
             raise ValueError(f"the loss is {loss} at step {it}; {out} keeps the last good checkpoint. Try a lower --learning_rate, or a larger --eps")
 
+    held_out = split.val_sample(args.batch_size * args.eval_iters)
     global_batch = args.batch_size * args.gradient_accumulation_steps
     t0, t0_iter = time.time(), start_iter
     for it in range(start_iter, args.max_iters + 1):
         t_eval, result = time.time(), None
         if (it % args.eval_interval == 0 or it == args.max_iters) and it != evaluated:
-            result = evaluate(model, split, args.batch_size, args.eval_iters, device, autocast, signals)
+            result = evaluate(model, split, held_out, args.batch_size, device, autocast, signals)
         if result:
             result, evaluated = summarize(*result, bands, weights, token_bytes, torch.from_numpy(counts == 0)), it
             say(f"step {it}: held-out cross-entropy {result['val_ce']:.4f}, PDL {result['val_pdl']:.4f}")
@@ -587,13 +587,15 @@ def main():
     if master and evaluated == args.max_iters:
         best_model = GPT.from_pretrained(out).to(device).eval()
         prompts = split.prompts(32)
-        _, held_out = split.sequences(split.val_sample(args.batch_size * args.eval_iters))
-        held_out = held_out[held_out != -100]
         length = min(128, args.block_size - max(map(len, prompts)))
         with autocast:
-            text = {name: measure_text(write_samples(best_model, prompts, length, temperature, tokenizer.eot_token, args.seed), held_out, bands, tokenizer.n_vocab)
-                    for name, temperature in (("sampled", 1.0), ("greedy", 0.0))}
-        report = {"args": vars(args), "init_from": str(source), "share_of_weight": weight_share, "before": before, "after": after, "text": text}
+            samples = {name: write_samples(best_model, prompts, length, temperature, tokenizer.eot_token, args.seed)
+                       for name, temperature in (("sampled", 1.0), ("greedy", 0.0))}
+        _, targets = split.sequences(held_out)
+        text = {name: measure_text(rows, targets[targets != -100], bands, tokenizer.n_vocab) for name, rows in samples.items()}
+        first = {"prompt": tokenizer.decode(prompts[0])} | {name: tokenizer.decode(rows[0]) for name, rows in samples.items()}
+        report = {"args": vars(args), "init_from": str(source), "share_of_weight": weight_share, "before": before, "after": after,
+                  "text": text, "first_sample": first}
         replace(out / "report.json", lambda path: path.write_text(json.dumps(report, indent=2) + "\n"))
         print(f"\n{table(before, after, weight_share, args.alpha)}")
         print(f"\n{len(prompts)} held-out openings, continued by the model")
