@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
@@ -90,12 +90,13 @@ def measure(jobs):
                 flags += ["--data", pairs]
             subprocess.run([sys.executable, ROOT / "train.py", *map(str, flags)], env=env, check=True, stdout=subprocess.DEVNULL)
             report = json.loads((out / "report.json").read_text())
-            results[name] = {key: report[key] for key in ("before", "after", "text", "share_of_weight", "first_sample")}
-            print(f"{name}: held-out cross-entropy {report['after']['val_ce']:.3f}", flush=True)
-            replace(RESULTS, lambda path: path.write_text(json.dumps(results, indent=1) + "\n"))
+            return name, {key: report[key] for key in ("before", "after", "text", "share_of_weight", "first_sample")}
 
-        for job in [pool.submit(one, *run) for run in runs() if run[0] not in results]:
-            job.result()
+        for job in as_completed([pool.submit(one, *run) for run in runs() if run[0] not in results]):
+            name, result = job.result()
+            results[name] = result
+            replace(RESULTS, lambda path: path.write_text(json.dumps(results, indent=1) + "\n"))
+            print(f"{name}: held-out cross-entropy {results[name]['after']['val_ce']:.3f}", flush=True)
 
 
 if __name__ == "__main__":
