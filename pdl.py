@@ -105,6 +105,7 @@ def linear_pdl_loss(hidden, lm_head, targets, weights, reduction="mean", ignore_
     hidden, shape, targets = hidden.reshape(-1, hidden.shape[-1]), targets.shape, targets.reshape(-1)
 
     rows = max(1, CHUNK_LOGITS // lm_head.shape[0])
+    rows = -(-len(hidden) // max(1, -(-len(hidden) // rows)))  # as many chunks, all of one size
     with torch.autocast(device, enabled=False):
         if reduction == "none":
             # Each row will get a gradient of its own, so nothing can be summed yet: recompute the logits in backward.

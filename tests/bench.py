@@ -5,6 +5,7 @@ Every measurement is a process of its own, so that its peak memory is its own; a
 median is shown. The model is GPT-2 124M with random weights, which are as fast as trained ones.
 """
 
+import importlib.util
 import json
 import os
 import platform
@@ -22,9 +23,9 @@ import torch.nn.functional as F
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from count import count_tokens, load_tokenizer
-from model import GPT, GPTConfig
+from model import GPT, Block, GPTConfig
 from pdl import linear_pdl_loss, token_weights
-from train import keep_freed_memory, pick_dtype
+from train import allocate, pick_dtype
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -68,7 +69,12 @@ def loss(ours, dtype):
 
 def training(ours):
     torch.manual_seed(0)
-    torch.set_float32_matmul_precision("high")
+    if ours or DEVICE == "cuda":
+        torch.set_float32_matmul_precision("high")
+    if ours and DEVICE == "cpu":
+        allocate(lasting=True)
+    if not ours:  # nanoGPT recomputes nothing
+        Block.forward = lambda self, x, cache=None, pos=0: (lambda x: x + self.mlp(self.ln_2(x)))(x + self.attn(self.ln_1(x)))
     model = GPT(GPTConfig()).to(DEVICE)
     model.set_dropout(0.0)
     batch, block = 4, 512
@@ -77,8 +83,6 @@ def training(ours):
     dtype = pick_dtype("auto", torch.device(DEVICE)) if ours or DEVICE == "cuda" else torch.float32
     # nanoGPT's recipe: on a GPU compiled, in bfloat16, with the fused AdamW; on a CPU in float32 with neither.
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=ours or DEVICE == "cuda")
-    if ours and DEVICE == "cpu":
-        keep_freed_memory()
     forward = torch.compile(model) if DEVICE == "cuda" and not ours else model
 
     def step():
@@ -91,24 +95,30 @@ def training(ours):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if ours and DEVICE == "cpu":
+            allocate(lasting=False)
 
     return batch * block / seconds(step), peak()
 
 
 @torch.inference_mode()
-def sampling(cached):
-    model = GPT(GPTConfig()).to(DEVICE).eval()
+def sampling(ours, other):
     idx = torch.zeros(1, 1, dtype=torch.long, device=DEVICE)
+    if other == "Transformers' generate" and not ours:
+        from transformers import GPT2Config, GPT2LMHeadModel
 
-    def generate():
-        if cached:
-            model.generate(idx, 256)
-        else:
+        model = GPT2LMHeadModel(GPT2Config()).to(DEVICE).eval()
+        generate = lambda: model.generate(idx, attention_mask=torch.ones_like(idx), do_sample=True, min_new_tokens=256, max_new_tokens=256, pad_token_id=0)
+    else:
+        model = GPT(GPTConfig()).to(DEVICE).eval()
+
+        def without_cache():
             seen = idx
-            for _ in range(64):  # a quarter of the way: what is left is slower still
+            for _ in range(256):
                 seen = torch.cat((seen, torch.multinomial(model(seen)[:, -1].softmax(-1), 1)), dim=1)
 
-    return (256 if cached else 64) / seconds(generate, n=1), peak()
+        generate = (lambda: model.generate(idx, 256)) if ours else without_cache
+    return 256 / seconds(generate, n=1), peak()
 
 
 def counting(ours):
@@ -126,7 +136,8 @@ ROWS = {
     "loss, float32 (s)": (loss, "full logits", "linear_pdl_loss", (torch.float32,)),
     "loss, bfloat16 (s)": (loss, "full logits", "linear_pdl_loss", (torch.bfloat16,)),
     "training (tokens/s)": (training, "nanoGPT's recipe", "train.py", ()),
-    "sampling (tokens/s)": (sampling, "no KV cache", "sample.py", ()),
+    "sampling (tokens/s)": (sampling, "no KV cache", "sample.py", ("no KV cache",)),
+    "sampling, too (tokens/s)": (sampling, "Transformers' generate", "sample.py", ("Transformers' generate",)),  # if it is installed
     "counting (MB/s)": (counting, "tiktoken, 1 thread", "count.py", ()),
 }
 
@@ -141,6 +152,8 @@ def main():
     print(f"{name}; torch {torch.__version__}\n")
     print("| | before | | ours | | ratio | memory |\n|---|---|---|---|---|---|---|")
     for row, (_, theirs_name, ours_name, _) in ROWS.items():
+        if "Transformers" in theirs_name and not importlib.util.find_spec("transformers"):
+            continue
         runs = [[json.loads(subprocess.check_output([sys.executable, __file__, row, str(ours)])) for ours in (False, True)] for _ in range(3)]
         (theirs, theirs_peak), (ours, ours_peak) = (map(statistics.median, zip(*(r[i] for r in runs))) for i in (0, 1))
         ratio = statistics.median(r[1][0] / r[0][0] for r in runs)
