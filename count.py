@@ -95,41 +95,37 @@ BOUNDARY = re.compile(r"(?<=\S)(?=[ \t\n\r])|(?<=[A-Za-z0-9])(?=[!-/:-@\[-`{-~])
 
 def _cut(texts, tokenizer):
     """Cut a stream of strings where no token can span, into pieces of about CHUNK characters."""
-    rest, scanned = "", 0
+    rest = ""
     for text in texts:
         rest += text
-        while len(rest) - scanned >= CHUNK:
-            end = scanned + CHUNK
-            cut = _last_boundary(rest, max(scanned, end - 4096), end) or _last_boundary(rest, scanned, end) or _inside_word(rest, scanned, end, tokenizer)
-            if cut:
-                yield rest[:cut]
-                rest, scanned = rest[cut:], 0
-            else:
-                scanned = end
+        while len(rest) >= CHUNK and (
+            cut := _last_boundary(rest, CHUNK - 4096) or _last_boundary(rest, 0) or _between_tokens(rest[:CHUNK], tokenizer)
+        ):
+            yield rest[:cut]
+            rest = rest[cut:]
     if rest:
         yield rest
 
 
-def _last_boundary(text, start, end):
+def _last_boundary(text, start):
     last = None
-    for last in BOUNDARY.finditer(text, start + 1, end):
+    for last in BOUNDARY.finditer(text, start + 1, CHUNK):
         pass
     return last and last.start()
 
 
-def _inside_word(text, start, end, tokenizer):
-    """Where to cut a run of letters without a boundary: where no entry of the vocabulary spans, since then no merge can.
+def _between_tokens(text, tokenizer):
+    """Where to cut text without a BOUNDARY: between two of its tokens.
 
-    No entry of GPT-2's vocabulary is longer than 128 bytes.
+    No merge crossed that place, so either side alone goes through the same merges. It is far enough from the end that what
+    comes after the text changes nothing there, and no contraction is near, which could begin or end differently.
     """
-    for cut in range(end - 130, max(start, end - 1130), -1):
-        left, right = text[cut - 128 : cut], text[cut : cut + 128]
-        near, at = (left + right).encode(), len(left.encode())
-        if (left + right).isalpha() and not any(
-            near[a:b] in tokenizer._mergeable_ranks for a in range(at - 128, at) for b in range(at + 1, a + 129)
-        ):
-            return cut
-    return None
+    tokens = tokenizer.encode_ordinary(text)
+    for k in range(len(tokens) * 3 // 4, 0, -1):
+        with contextlib.suppress(UnicodeDecodeError):  # a token may end inside a character
+            cut = len(tokenizer.decode_bytes(tokens[:k]).decode())
+            if not re.search(r"'(?:[sdmt]|ll|ve|re)", text[cut - 2 : cut + 3]):
+                return cut
 
 
 def count_tokens(paths, tokenizer, jobs=None, progress=lambda n_bytes: None):

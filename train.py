@@ -623,8 +623,8 @@ def main_in_memory():
     """main, with the flags named that make a run smaller when memory runs out."""
     try:
         main()
-    except RuntimeError as error:  # torch.OutOfMemoryError, or what CPU and mps raise in its place
-        if "memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError, or what CPU and mps raise in its place
+        if "memory" not in str(error) and not isinstance(error, MemoryError):
             raise
         raise ValueError("out of memory: halve --batch_size and double --gradient_accumulation_steps (the same training), "
                          "add --activation_checkpointing, or lower --block_size") from None

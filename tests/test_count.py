@@ -3,8 +3,11 @@
 import gzip
 import json
 import random
+import signal
+import string
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +60,15 @@ def test_streamed_in_pieces_as_encoded_whole(tokenizer, tmp_path, monkeypatch, s
     assert len(list(encode(count.read_text(paths[2]), tokenizer))) > 20
 
 
+def test_text_without_a_place_to_cut(tokenizer, monkeypatch):
+    rng = random.Random(0)
+    atoms = ["a", "=", "0", "'", "\n", "\u00a0", "ab", "!'", "\u00e9", "\u4e2d\u6587", "\U0001f469\u200d", string.ascii_letters, string.digits, string.punctuation, " \t\n\r"]
+    for text in ["".join(rng.choices(atom, k=20_000)) for atom in atoms]:
+        monkeypatch.setattr(count, "CHUNK", 2000)
+        pieces = [tokens for _, tokens in encode([text], tokenizer)]
+        assert np.concatenate(pieces).tolist() == tokenizer.encode_ordinary(text) and len(pieces) > 5, text[:20]
+
+
 def run(*args, **kwargs):
     return subprocess.run([sys.executable, ROOT / "count.py", *args], capture_output=True, **kwargs)
 
@@ -70,6 +82,17 @@ def test_from_the_command_line(tokenizer, tmp_path):
     assert (counts == np.bincount(expected, minlength=4096)).all()
     assert f"{len(expected)} tokens, {len(set(expected))} distinct".encode() in result.stdout
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.txt", "c.npy"]
+
+
+def test_ctrl_c_leaves_no_half_written_counts(tmp_path):
+    with subprocess.Popen(["yes", "word"], stdout=subprocess.PIPE) as endless:
+        process = subprocess.Popen([sys.executable, ROOT / "count.py", "-", "--tokenizer", ROOT / "tiny"], cwd=tmp_path,
+                                   stdin=endless.stdout, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        time.sleep(3)
+        process.send_signal(signal.SIGINT)
+        out = process.communicate(timeout=30)
+        endless.kill()
+    assert process.returncode == 130 and out == (b"", b"") and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("content, word", [(b"caf\xe9", b"UTF-8"), ("windows".encode("utf-16"), b"UTF-8"), (b"", b"no text"), (None, b"No such file")])

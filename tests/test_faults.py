@@ -77,6 +77,12 @@ def test_a_loss_that_is_no_number_ends_the_run(text):
     assert all(w.isfinite().all() for w in GPT.from_pretrained(text / "out").state_dict().values())
 
 
+def test_out_of_memory_names_the_flags(text):
+    limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+    for size in 20_000, 10**9:  # torch's memory, numpy's
+        one_line(run("train.py", *ARGS, "--batch_size", size, "--max_iters", 1, cwd=text, ok=False, preexec_fn=limit), "out of memory: halve --batch_size")
+
+
 class Malice:
     def __reduce__(self):
         return Path.touch, (Path("pwned"),)
