@@ -17,6 +17,7 @@ import os
 import re
 import sys
 import time
+import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -55,12 +56,12 @@ def load_tokenizer(name_or_folder):
 def read_text(path):
     """Yield the text of a UTF-8 file ("-": standard input, .gz: gzipped) as it is read, line ends unchanged."""
     decoder = codecs.getincrementaldecoder("utf-8")()
-    if path == "-":
-        opened = contextlib.nullcontext(sys.stdin.buffer)
-    else:
-        opened = gzip.open(path) if str(path).endswith(".gz") else open(path, "rb")
     done = 0
     try:
+        if path == "-":
+            opened = contextlib.nullcontext(sys.stdin.buffer)
+        else:
+            opened = gzip.open(path) if str(path).endswith(".gz") else open(path, "rb")
         with opened as file:
             while data := file.read(CHUNK):
                 yield decoder.decode(data)
@@ -68,6 +69,8 @@ def read_text(path):
             yield decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (near byte {done + error.start:,}): convert it to UTF-8 first") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error}): give a text file") from None
 
 
 def encode(texts, tokenizer, jobs=None):
@@ -160,7 +163,8 @@ def run(main):
     try:
         main()
     except (OSError, ValueError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+        of_a_file = isinstance(error, OSError) and error.filename
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {f'{error.filename}: {error.strerror}' if of_a_file else error}")
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -178,7 +182,7 @@ def main():
     tokenizer = load_tokenizer(args.tokenizer)
     # The size of a stream or of what is in a .gz is not known before its end.
     known = all(path != "-" and not path.endswith(".gz") for path in args.text)
-    total = sum(os.path.getsize(path) for path in args.text) if known else None
+    total = sum(os.path.getsize(path) for path in args.text if os.path.exists(path)) if known else None
     start, done = time.time(), 0
 
     def progress(size):
@@ -197,6 +201,8 @@ def main():
         with open(part, "wb") as file:
             np.save(file, counts)
         os.replace(part, args.out)
+    except OSError as error:
+        raise ValueError(f"--out {args.out} cannot be written ({error.strerror})") from None
     finally:
         part.unlink(missing_ok=True)
     print(describe(counts))

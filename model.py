@@ -134,7 +134,7 @@ class GPT(nn.Module):
         if pos + T > self.config.n_positions:
             raise ValueError(f"{pos + T} tokens do not fit into the model's context window of {self.config.n_positions}")
         # The gradient of the rows in use adds to lm_head's, which is dense: a second dense one costs 5% of a step on a CPU.
-        tokens = F.embedding(idx, self.wte.weight, sparse=True)
+        tokens = F.embedding(idx, self.wte.weight, sparse=idx.device.type == "cpu")
         x = self.drop(tokens + self.wpe(torch.arange(pos, pos + T, device=idx.device)))
         for i, block in enumerate(self.h):
             if self.activation_checkpointing and self.training:
@@ -263,7 +263,7 @@ def pick_device(name="auto", local_rank=0):
         device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}): without the flag, the best that is there is") from None
     return device
 
 
@@ -287,7 +287,7 @@ def checkpoint_folder(name_or_folder):
     name = str(name_or_folder)
     if name not in REPOS:
         if not Path(name, "config.json").exists():
-            raise FileNotFoundError(f"{name} is neither a checkpoint folder (no config.json there) nor one of {', '.join(REPOS)}")
+            raise FileNotFoundError(f"{name} is neither a checkpoint folder (no config.json there; train.py makes one) nor one of {', '.join(REPOS)}")
         return Path(name)
     folder = Path(torch.hub.get_dir(), "pdl", name)
     folder.mkdir(parents=True, exist_ok=True)
@@ -300,7 +300,7 @@ def checkpoint_folder(name_or_folder):
                 _download(url, part, SHA256.get(name) if file == FILES[-1] and endpoint == HUB else None)
                 os.replace(part, folder / file)
             except (OSError, RuntimeError) as error:  # torch.hub raises the latter for a wrong hash
-                raise OSError(f"{name} is not cached, and {url} cannot be downloaded ({getattr(error, 'reason', error)})") from None
+                raise OSError(f"{name} is not cached, and {url} cannot be downloaded ({getattr(error, 'reason', error)}): connect, or name a checkpoint folder") from None
             finally:
                 part.unlink(missing_ok=True)
     return folder

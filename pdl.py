@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-# linear_pdl_loss holds this many logits at a time: 667 rows of GPT-2's 50,257. Fewer starve the matrix product, and each
+# linear_pdl_loss holds at most this many logits at a time: 667 rows of GPT-2's 50,257. Fewer starve the matrix product, and each
 # chunk costs a pass over lm_head's gradient; more take memory and gain nothing. Seconds for 4096 x 768 -> 50257, forward
 # and backward, on two CPU cores with AMX, by the rows of a chunk (not measured on a GPU):
 #               128   256   333   512   667  1024  2048

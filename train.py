@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from count import ArgumentParser, encode, load_tokenizer, read_text, run
 from model import GPT, GPTConfig, checkpoint_folder, load_state, pick_device, replace
 from pdl import linear_pdl_loss, pdl_weights, token_weights
+from sample import measure_text, write
 
 TINY = Path(__file__).parent / "tiny"  # a small pretrained checkpoint, so that all of this runs offline
 
@@ -55,7 +56,8 @@ def parse_args():
     add("--block_size", type=int, default=256, help="tokens in a sequence (default: %(default)s)")
     add("--gradient_accumulation_steps", type=int, default=1, help="micro-steps in a step, of all devices together (default: %(default)s)")
     add("--learning_rate", type=float, default=3e-4, help="its peak, reached after --warmup_iters; a cosine takes it to a tenth (default: %(default)s)")
-    add("--optimizer", default="adamw", choices=["adamw", "adafactor"], help="adafactor keeps hardly any state: 8 bytes less a weight; its --learning_rate is relative to the weights, about ten times AdamW's (default: %(default)s)")
+    add("--optimizer", default="adamw", choices=["adamw", "adafactor"],
+        help="adafactor: half the memory, and a --learning_rate ten times as large, as it is relative to the weights (default: %(default)s)")
     add("--warmup_iters", type=int, default=10, help="(default: %(default)s)")
     add("--weight_decay", type=float, default=0.1, help="(default: %(default)s)")
     add("--grad_clip", type=float, default=1.0, help="largest norm of the gradient; 0 for none (default: %(default)s)")
@@ -153,7 +155,7 @@ class Split:
         n, B = len(tokens), block_size
         per_stretch = min(4, max(1, n // 80 // B))
         if n < 10 * (B + 1):
-            raise ValueError(f"{name} has {n:,} tokens; --block_size {B} needs at least {10 * (B + 1):,} to hold a tenth out: lower it")
+            raise ValueError(f"{name} has {n:,} tokens; --block_size {B} needs at least {10 * (B + 1):,} to hold a tenth out: lower it, or give more text")
         self.tokens, self.B = tokens, B
         stretch = per_stretch * B + 1
         self.period, self.train_run = 10 * stretch, 9 * stretch
@@ -182,9 +184,10 @@ class Split:
         """The first tokens of at most n held-out sequences, evenly spread."""
         return self.val_starts[np.linspace(0, len(self.val_starts) - 1, min(len(self.val_starts), n)).astype(int)]
 
-    def prompts(self, n):
-        """Up to n openings of held-out text to write on from, lists of tokens."""
-        return self.tokens[self.val_sample(n)[:, None] + np.arange(self.B // 8)].tolist()
+    def openings(self, n):
+        """Of up to n held-out sequences: an opening to write on from, and how the text goes on; lists of tokens."""
+        rows = self.tokens[self.val_sample(n)[:, None] + np.arange(self.B + 1)].tolist()
+        return [(row[: self.B // 8], row[self.B // 8 :]) for row in rows]
 
 
 class Pairs(Split):
@@ -195,8 +198,8 @@ class Pairs(Split):
     """
 
     def __init__(self, path, tokenizer, block_size):
-        self.B, eot = block_size, tokenizer.eot_token
-        pairs = []  # tokens, and which of them carry loss
+        self.B, self.eot = block_size, tokenizer.eot_token
+        pairs = []
         for number, line in enumerate("".join(read_text(path)).split("\n"), 1):
             if not line.strip():
                 continue
@@ -204,28 +207,30 @@ class Pairs(Split):
                 pair = json.loads(line)
                 prompt, completion = (tokenizer.encode_ordinary(pair[key]) for key in ("prompt", "completion"))
             except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f'{path} line {number} is not {{"prompt": "...", "completion": "..."}}: {type(error).__name__} {error}') from None
-            pairs.append((prompt + completion + [eot], [False] * len(prompt) + [True] * (len(completion) + 1)))
+                error = f"{type(error).__name__} {error}"
+                raise ValueError(f'{path} line {number} is not {{"prompt": "...", "completion": "..."}}: {error}') from None
+            pairs.append((prompt, completion + [self.eot]))
         if len(pairs) < 10:
             raise ValueError(f"{path} has {len(pairs)} pairs; at least 10 are needed to hold a tenth out")
-        training = [pair for i, pair in enumerate(pairs) if i % 10 != 9]
-        rows = [([], [])]
-        for pair in pairs[9::10]:
-            if len(rows[-1][0]) + len(pair[0]) > block_size + 1 and rows[-1][0]:
-                rows.append(([], []))
-            for part, whole in zip(rows[-1], pair):
-                part.extend(whole)
+        training, self.held_out = [pair for i, pair in enumerate(pairs) if i % 10 != 9], pairs[9::10]
+        rows, room = [], 0
+        for pair in self.held_out:
+            length = len(pair[0] + pair[1])
+            if length > room:
+                rows.append([])
+                room = block_size + 1
+            rows[-1].append(pair)
+            room -= length
+
+        join = lambda pairs: [token for prompt, completion in pairs for token in prompt + completion]
+        mark = lambda pairs: [part for prompt, completion in pairs for part in [False] * len(prompt) + [True] * len(completion)]
         # After the training pairs, room for a sequence that starts at the last one; after a held-out row, for the rest of it.
-        pad = lambda part, value: (part + [value] * (block_size + 1))[: block_size + 1]
-        self.tokens, self.carries_loss = (
-            np.concatenate([np.array(part, dtype) for part in (*(pair[k] for pair in training), [value] * block_size, *(pad(row[k], value) for row in rows))])
-            for k, value, dtype in ((0, eot, np.uint32), (1, False, bool))
-        )
-        self.n_train_tokens = sum(len(pair[0]) for pair in training)
-        self.starts = np.cumsum([0] + [len(pair[0]) for pair in training[:-1]])
-        self.n_train_starts = len(training)
-        self.val_starts = self.n_train_tokens + block_size + np.arange(len(rows)) * (block_size + 1)
-        self.val_prompts = [[t for t, carries in zip(*pair) if not carries][-block_size // 2 :] or [eot] for pair in pairs[9::10]]
+        pad = lambda row, value: (row + [value] * (block_size + 1))[: block_size + 1]
+        lay = lambda flat, value: flat(training) + pad([], value) + sum((pad(flat(row), value) for row in rows), [])
+        self.tokens, self.carries_loss = np.array(lay(join, self.eot), np.uint32), np.array(lay(mark, False))
+        self.starts = np.cumsum([0] + [len(prompt + completion) for prompt, completion in training])
+        self.n_train_tokens, self.n_train_starts = self.starts[-1], len(training)
+        self.val_starts = self.n_train_tokens + (1 + np.arange(len(rows))) * (block_size + 1)
 
     def train_starts(self, u):
         return self.starts[u]
@@ -239,18 +244,20 @@ class Pairs(Split):
         carries = torch.from_numpy(self.carries_loss[starts[:, None] + np.arange(1, self.B + 1)])
         return x, torch.where(carries, y, -100)
 
-    def prompts(self, n):
-        return self.val_prompts[:n]
+    def openings(self, n):
+        return [(prompt[-self.B // 2 :] or [self.eot], completion[:-1]) for prompt, completion in self.held_out[:n]]
 
 
 def load_counts(path, n_vocab):
     path, scale = split_scale(path)
     try:
         counts = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"--counts {path} is not an array that count.py wrote: {error}") from None
+    except OSError as error:
+        raise ValueError(f"--counts {path} cannot be read ({error.strerror}): write it with count.py") from None
+    except (ValueError, EOFError):
+        raise ValueError(f"--counts {path} is not an array of numbers (pickles are never loaded): write it with count.py") from None
     if not isinstance(counts, np.ndarray) or counts.ndim != 1 or counts.dtype.kind not in "iuf":
-        raise ValueError(f"--counts {path} is not a 1-D array of numbers, as count.py writes")
+        raise ValueError(f"--counts {path} is not a 1-D array of numbers: write it with count.py")
     if len(counts) != n_vocab:
         whose = {50257: "GPT-2's tokenizer", 4096: "tiny/'s tokenizer"}.get(len(counts), "another tokenizer")
         raise ValueError(f"--counts {path} has {len(counts):,} entries, as of {whose}, but the model's has {n_vocab:,}: count again with count.py --tokenizer")
@@ -338,39 +345,6 @@ def table(before, after, weight_share, alpha):
     return "\n".join(lines)
 
 
-def measure_text(samples, held_out, bands, n_vocab):
-    """What is known of text without a judge: samples, lists of tokens, against the held-out targets (N,)."""
-    tokens = np.concatenate(samples).astype(np.int64)
-    ngrams = lambda sample, n: list(zip(*(sample[i:] for i in range(n))))
-    pooled = {n: [g for sample in samples for g in ngrams(sample, n)] for n in (1, 2, 3)}
-    # Add-one on the held-out side, so that a token it lacks costs much rather than everything.
-    p, q = np.bincount(tokens, minlength=n_vocab), np.bincount(held_out, minlength=n_vocab) + 1
-    p, q = p[p > 0] / p.sum(), (q / q.sum())[p > 0]
-    fours = [ngrams(sample, 4) for sample in samples if len(sample) > 3]
-    return {
-        # distinct n-grams among all (Li et al. 2016)
-        **{f"distinct_{n}": len(set(grams)) / max(1, len(grams)) for n, grams in pooled.items()},
-        # n-grams that the same sample had before, n = 4 (seq-rep-4, Welleck et al. 2020)
-        "repeated_4": float(np.mean([1 - len(set(grams)) / len(grams) for grams in fours])) if fours else 0.0,
-        "distinct_tokens": len(set(tokens.tolist())),  # (Choi et al. 2020, "uniq")
-        "rare_share": (bands[tokens] == 2).double().mean().item(),
-        "rare_share_held_out": (bands[held_out] == 2).double().mean().item(),
-        "kl": float((p * np.log(p / q)).sum()),  # KL(sampled || held-out) of single tokens, nats (Choi et al. 2020)
-    }
-
-
-def write_samples(model, prompts, length, temperature, eot, seed):
-    """A continuation of every prompt, as long as length or up to <|endoftext|>."""
-    torch.manual_seed(seed)
-    samples = [None] * len(prompts)
-    for n in sorted({len(prompt) for prompt in prompts}):  # those of one length in one batch
-        which = [i for i, prompt in enumerate(prompts) if len(prompt) == n]
-        idx = torch.tensor([prompts[i] for i in which], device=model.lm_head.device)
-        for i, row in zip(which, model.generate(idx, length, temperature)[:, n:].tolist()):
-            samples[i] = row[: row.index(eot)] if eot in row else row
-    return samples
-
-
 # --- training ---
 
 
@@ -385,7 +359,8 @@ def main():
     args = parse_args()
 
     # Devices. torchrun sets these; without it there is one process.
-    rank, local_rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
     master = rank == 0
     say = print if master else lambda *a, **k: None
     if args.gradient_accumulation_steps % world_size:
@@ -433,7 +408,8 @@ def main():
     model.set_dropout(args.dropout)
     model.activation_checkpointing = args.activation_checkpointing
     model.to(device)
-    say(f"{init_from if not fallback else 'tiny/'}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters on {device}, {str(dtype).removeprefix('torch.')}"
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    say(f"{'tiny/' if fallback else init_from}: {size:.1f}M parameters on {device}, {str(dtype).removeprefix('torch.')}"
         + (f", {world_size} processes" if world_size > 1 else ""))
 
     # Text, counts, weights.
@@ -482,6 +458,8 @@ def main():
         start_iter, evaluated, best, before, after = (state[name] for name in ("iter", "evaluated", "best", "before", "after"))
         say(f"resuming at step {start_iter}")
     elif master:
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"--out_dir {out} is a file: name a folder")
         out.mkdir(parents=True, exist_ok=True)
     if master:
         path = out / "log.jsonl"
@@ -597,11 +575,12 @@ def main():
         optimizer.state.clear()
         model.to("meta")  # makes room
         best_model = GPT.from_pretrained(out).to(device).eval()
-        prompts = split.prompts(32)
+        prompts, continuations = zip(*split.openings(32))
         length = min(128, args.block_size - max(map(len, prompts)))
         with autocast:
-            samples = {name: write_samples(best_model, prompts, length, temperature, tokenizer.eot_token, args.seed)
+            samples = {name: write(best_model, prompts, length, tokenizer.eot_token, args.seed, temperature=temperature)
                        for name, temperature in (("sampled", 1.0), ("greedy", 0.0))}
+        samples["the text"] = [tokens[:length] for tokens in continuations]
         _, targets = split.sequences(held_out)
         text = {name: measure_text(rows, targets[targets != -100], bands, tokenizer.n_vocab) for name, rows in samples.items()}
         first = {"prompt": tokenizer.decode(prompts[0])} | {name: tokenizer.decode(rows[0]) for name, rows in samples.items()}
@@ -609,9 +588,9 @@ def main():
                   "text": text, "first_sample": first}
         replace(out / "report.json", lambda path: path.write_text(json.dumps(report, indent=2) + "\n"))
         print(f"\n{table(before, after, weight_share, args.alpha)}")
-        print(f"\n{len(prompts)} held-out openings, continued by the model")
+        print(f"\n{f'{len(prompts)} held-out openings, continued':<34}" + "".join(f"{name:>10}" for name in text))
         for key in text["sampled"]:
-            print(f"{key:<20}" + "".join(f"{name:>12} {text[name][key]:9.4g}" for name in text))
+            print(f"{key:<34}" + "".join(f"{measured[key]:10.4g}" for measured in text.values()))
         print(f"\nbest step {after['iter']}, saved in {out}/; now: python sample.py" + (f" --init_from {out}" if args.out_dir != "out" else ""))
         if fallback:
             print(fallback)

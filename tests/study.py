@@ -12,6 +12,7 @@ the standard library's functions, the body to be written from the signature and 
 
 import argparse
 import ast
+import contextlib
 import json
 import os
 import statistics
@@ -30,7 +31,8 @@ sys.path.insert(0, str(ROOT))
 from count import load_tokenizer
 from model import GPT, replace
 from pdl import pdl_weights
-from train import BANDS, Split, evaluate, frequency_bands, load_tokens
+from sample import measure_text
+from train import BANDS, Pairs, Split, evaluate, frequency_bands, load_tokens
 
 RESULTS = ROOT / "assets" / "study.json"
 ALPHAS = 0, 0.25, 0.5, 0.75, 1, 1.5
@@ -92,15 +94,100 @@ def measure(jobs):
             report = json.loads((out / "report.json").read_text())
             return name, {key: report[key] for key in ("before", "after", "text", "share_of_weight", "first_sample")}
 
+        for text in TEXTS.keys() - results.keys():
+            results[text] = without_training(text, pairs)
         for job in as_completed([pool.submit(one, *run) for run in runs() if run[0] not in results]):
             name, result = job.result()
             results[name] = result
             replace(RESULTS, lambda path: path.write_text(json.dumps(results, indent=1) + "\n"))
-            print(f"{name}: held-out cross-entropy {results[name]['after']['val_ce']:.3f}", flush=True)
+            print(f"{name}: held-out cross-entropy {result['after']['val_ce']:.3f}", flush=True)
+
+
+def without_training(text, pairs):
+    """What tiny/ and the text itself say: each band's share of the loss before the first step, and the measures of the real text."""
+    tokenizer, model = load_tokenizer(ROOT / "tiny"), GPT.from_pretrained(ROOT / "tiny")
+    split = Pairs(pairs, tokenizer, 256) if text == "functions" else Split(load_tokens(None, tokenizer, None), 256, text)
+    counts = split.train_counts(tokenizer.n_vocab)
+    bands = frequency_bands(counts)
+    starts = split.train_starts(np.linspace(0, split.n_train_starts - 1, 200).astype(int))
+    ce, _, targets = evaluate(model, split, starts, 16, torch.device("cpu"), contextlib.nullcontext())
+    losses = {alpha: pdl_weights(counts, alpha)[targets] * ce for alpha in ALPHAS}
+    of_band = lambda loss: {name: (loss[bands[targets] == i].sum() / loss.sum()).item() for i, name in enumerate(BANDS)}
+    _, held_out = split.sequences(split.val_starts)
+    real = measure_text([tokens[:128] for _, tokens in split.openings(32)], held_out[held_out != -100], bands, tokenizer.n_vocab)
+    return {"share_of_loss": {alpha: of_band(loss) for alpha, loss in losses.items()}, "text": real}
+
+
+COLUMNS = {  # name, where a run's result has it, digits
+    "all": (lambda r: r["after"]["val_ce"], 2),
+    "frequent": (lambda r: r["after"]["ce_by_band"]["frequent"], 2),
+    "middle": (lambda r: r["after"]["ce_by_band"]["middle"], 2),
+    "rare": (lambda r: r["after"]["ce_by_band"]["rare"], 2),
+    "accuracy": (lambda r: 100 * r["after"]["accuracy"], 1),
+    "distinct-2": (lambda r: r["text"]["sampled"]["distinct_2"], 3),
+    "rare tokens": (lambda r: 100 * r["text"]["sampled"]["rare_share"], 1),
+    "KL": (lambda r: r["text"]["sampled"]["kl"], 2),
+    "repeated-4, greedy": (lambda r: r["text"]["greedy"]["repeated_4"], 2),
+}
+
+
+def of_seeds(results, text, alpha, column):
+    return [COLUMNS[column][0](results[f"{text}, alpha {alpha}, seed {seed}"]) for seed in SEEDS]
+
+
+def table(header, rows):
+    print(f"\n| {' | '.join(header)} |\n|{'---|' * len(header)}", *(f"| {' | '.join(map(str, row))} |" for row in rows), sep="\n")
+
+
+def tables(results):
+    for text, title in TEXTS.items():
+        print(f"\n**{title}**, mean ± standard deviation of {len(SEEDS)} seeds")
+        rows = []
+        for alpha in ALPHAS:
+            cells = ((of_seeds(results, text, alpha, name), digits) for name, (_, digits) in COLUMNS.items())
+            rows.append([alpha] + [f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}" for values, digits in cells])
+        real = results[text]["text"]
+        rows.append(["the text itself"] + [""] * 5 + [f"{real['distinct_2']:.3f}", f"{100 * real['rare_share']:.1f}", f"{real['kl']:.2f}", f"{real['repeated_4']:.2f}"])
+        table(["alpha", *COLUMNS], rows)
+    for text, title in TEXTS.items():
+        print(f"\n**{title}**, share of the loss before the first step")
+        table(["alpha", *BANDS], [[alpha, *(f"{share:.1%}" for share in shares.values())] for alpha, shares in results[text]["share_of_loss"].items()])
+    print("\n**One run each**, seed 1")
+    names = [name for name in results if "learning rate" in name or any(name.endswith(", " + setting) for setting in SETTINGS)]
+    table(["", *COLUMNS], [[name] + [f"{column(results[name]):.{digits}f}" for column, digits in COLUMNS.values()] for name in names])
+
+
+def figure(results):
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"svg.hashsalt": "", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    figure, axes = plt.subplots(len(TEXTS), 2, figsize=(9, 6.4), sharex=True)
+    panels = {"held-out cross-entropy, nats": ("frequent", "middle", "rare", "all"), "the text it writes": ("distinct-2", "rare tokens", "repeated-4, greedy")}
+    real = {"distinct-2": "distinct_2", "rare tokens": "rare_share", "repeated-4, greedy": "repeated_4"}
+    for row, (text, title) in zip(axes, TEXTS.items()):
+        for ax, (what, columns) in zip(row, panels.items()):
+            ax.set_title(f"{title}: {what}", fontsize=9, loc="left")
+            for name in columns:
+                scale = 0.01 if name == "rare tokens" else 1
+                values = [[scale * value for value in of_seeds(results, text, alpha, name)] for alpha in ALPHAS]
+                line = ax.errorbar(ALPHAS, list(map(statistics.mean, values)), list(map(statistics.stdev, values)), marker="o", markersize=3, capsize=2,
+                                   label=name + ", share" * (name == "rare tokens"), color="black" if name == "all" else None)
+                if name in real:
+                    ax.axhline(results[text]["text"][real[name]], color=line[0].get_color(), linestyle=":", linewidth=1)
+            ax.legend(frameon=False, fontsize=8)
+    axes[-1][0].set_xlabel("alpha")
+    axes[-1][1].set_xlabel("alpha; dotted: the same measure of the real text")
+    figure.tight_layout()
+    replace(RESULTS.with_name("study.svg"), lambda path: figure.savefig(path, format="svg", metadata={"Date": None}))
 
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description="Measure what PDL does.")
     p.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side (default: one a core)")
+    p.add_argument("--tables", action="store_true", help="run nothing, print the tables")
+    p.add_argument("--figure", action="store_true", help="run nothing, draw assets/study.svg")
     args = p.parse_args()
-    measure(args.jobs)
+    if not args.tables and not args.figure:
+        measure(args.jobs)
+    results = json.loads(RESULTS.read_text())
+    figure(results) if args.figure else tables(results)

@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from test_end_to_end import SMALL, log, run, text  # noqa: F401 (text is a fixture)
 
 from count import load_tokenizer
-from train import Pairs, load_counts, measure_text
+from sample import measure_text
+from train import Pairs, load_counts
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def test_pairs_carry_loss_on_completions_only(pairs):
     # Every held-out completion once, in order.
     _, y = split.sequences(split.val_starts)
     assert y[y != -100].tolist() == sum(map(tokens, held_out), [])
-    assert split.prompts(3)[1] == tokenizer.encode_ordinary(held_out[1]["prompt"])
+    assert split.openings(3)[1] == tuple(tokenizer.encode_ordinary(held_out[1][key]) for key in ("prompt", "completion"))
 
 
 def test_pairs_from_the_command_line(pairs):
@@ -85,6 +86,6 @@ def test_measures_of_text():
     m = measure_text([[0, 1, 0, 1, 0, 1, 0], [2, 2]], torch.tensor([0, 0, 1, 2]), bands, 4)
     assert m["distinct_1"] == pytest.approx(3 / 9) and m["distinct_2"] == pytest.approx(3 / 7) and m["distinct_3"] == pytest.approx(2 / 5)
     assert m["repeated_4"] == pytest.approx(1 - 2 / 4)
-    assert m["distinct_tokens"] == 3 and m["rare_share"] == pytest.approx(2 / 9) and m["rare_share_held_out"] == 0.25
+    assert m["distinct_tokens"] == 3 and m["rare_share"] == pytest.approx(2 / 9)
     p, q = [4 / 9, 3 / 9, 2 / 9], [3 / 8, 2 / 8, 2 / 8]
     assert m["kl"] == pytest.approx(sum(a * math.log(a / b) for a, b in zip(p, q)))
