@@ -13,6 +13,8 @@ This file is the whole method. It needs torch alone, so copy it into your own pr
 It does not count tokens (count.py) and does not shift them: targets[k] is the token that logits[k] predicts.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -104,8 +106,8 @@ def linear_pdl_loss(hidden, lm_head, targets, weights, reduction="mean", ignore_
     weights = weights.to(hidden.device, torch.promote_types(hidden.dtype, torch.float32))
     hidden, shape, targets = hidden.reshape(-1, hidden.shape[-1]), targets.shape, targets.reshape(-1)
 
-    rows = max(1, CHUNK_LOGITS // lm_head.shape[0])
-    rows = -(-len(hidden) // max(1, -(-len(hidden) // rows)))  # as many chunks, all of one size
+    chunks = math.ceil(len(hidden) * lm_head.shape[0] / CHUNK_LOGITS)  # as few as possible, all of one size
+    rows = max(1, math.ceil(len(hidden) / max(1, chunks)))
     with torch.autocast(device, enabled=False):
         if reduction == "none":
             # Each row will get a gradient of its own, so nothing can be summed yet: recompute the logits in backward.
