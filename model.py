@@ -185,14 +185,19 @@ class GPT(nn.Module):
         """
         folder = checkpoint_folder(name_or_folder)
         model = cls(read_config(folder))
-        path = folder / "pytorch_model.bin"
+        model.load_weights(folder)
+        return model
+
+    def load_weights(self, folder):
+        """Take the weights of a checkpoint folder of the same shape. Errors as in from_pretrained."""
+        path = Path(folder) / "pytorch_model.bin"
         if not path.exists():
             raise FileNotFoundError(f"{folder} has no pytorch_model.bin; in Transformers, save_pretrained(..., safe_serialization=False) writes it")
         state = load_state(path)
         state = {name.removeprefix("transformer."): w for name, w in state.items()}
         if "lm_head.weight" in state and not torch.equal(state["lm_head.weight"], state.get("wte.weight")):
             raise ValueError(f"{path}: lm_head.weight is not wte.weight, as it is in GPT-2")
-        own = model.state_dict()
+        own = self.state_dict()
         # Beside the weights, some checkpoints hold the causal mask and the output layer, which is the embedding again.
         state = {name: w for name, w in state.items() if name in own or not name.endswith((".attn.bias", "masked_bias", "lm_head.weight"))}
         state = {name: w.t() if _is_conv1d(name) else w for name, w in state.items()}
@@ -201,8 +206,7 @@ class GPT(nn.Module):
         for name, w in state.items():
             if w.shape != own[name].shape:
                 raise ValueError(f"{path}: {name} has shape {tuple(w.shape)}, but config.json asks for {tuple(own[name].shape)}")
-        model.load_state_dict(state)
-        return model
+        self.load_state_dict(state)
 
     def save_pretrained(self, folder, dtype=torch.float32):
         """Write config.json and pytorch_model.bin in the layout of the released checkpoints, weights as dtype."""

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -92,7 +93,8 @@ def measure(jobs):
                 flags += ["--data", pairs]
             subprocess.run([sys.executable, ROOT / "train.py", *map(str, flags)], env=env, check=True, stdout=subprocess.DEVNULL)
             report = json.loads((out / "report.json").read_text())
-            return name, {key: report[key] for key in ("before", "after", "text", "share_of_weight", "first_sample")}
+            result = {key: report[key] for key in ("before", "after", "text", "share_of_weight", "first_sample")}
+            return name, result | ({"shifted": shifted(out, text, pairs)} if ", alpha 0, seed" in name else {})
 
         for text in TEXTS.keys() - results.keys():
             results[text] = without_training(text, pairs)
@@ -103,18 +105,40 @@ def measure(jobs):
             print(f"{name}: held-out cross-entropy {result['after']['val_ce']:.3f}", flush=True)
 
 
-def without_training(text, pairs):
-    """What tiny/ and the text itself say: each band's share of the loss before the first step, and the measures of the real text."""
-    tokenizer, model = load_tokenizer(ROOT / "tiny"), GPT.from_pretrained(ROOT / "tiny")
+def load(text, pairs):
+    tokenizer = load_tokenizer(ROOT / "tiny")
     split = Pairs(pairs, tokenizer, 256) if text == "functions" else Split(load_tokens(None, tokenizer, None), 256, text)
     counts = split.train_counts(tokenizer.n_vocab)
-    bands = frequency_bands(counts)
+    return split, counts, frequency_bands(counts)
+
+
+@torch.no_grad()
+def shifted(folder, text, pairs):
+    """Cross-entropies of a plain model that gets log w(t) added to its logits: where Eq. 5 has its minimum, without training for it.
+
+    For a given context, sum_t p(t) w(t) log q(t) is largest at q ~ w p. Never-counted tokens are taken as counted once.
+    """
+    model, (split, counts, bands) = GPT.from_pretrained(folder).eval(), load(text, pairs)
+    x, y = split.sequences(split.val_sample(320))
+    log_w = -torch.from_numpy(np.maximum(counts, 1)).log().float()
+    ce = {alpha: [] for alpha in ALPHAS}
+    for inputs, targets in zip(x.split(16), y.split(16)):
+        logits = model(inputs)[targets != -100]
+        for alpha in ALPHAS:
+            ce[alpha].append(F.cross_entropy(logits + alpha * log_w, targets[targets != -100], reduction="none"))
+    ce, band = {alpha: torch.cat(parts) for alpha, parts in ce.items()}, bands[y[y != -100]]
+    return {alpha: {"all": v.mean().item()} | {name: v[band == i].mean().item() for i, name in enumerate(BANDS)} for alpha, v in ce.items()}
+
+
+def without_training(text, pairs):
+    """What tiny/ and the text itself say: each band's share of the loss before the first step, and the measures of the real text."""
+    model, (split, counts, bands) = GPT.from_pretrained(ROOT / "tiny"), load(text, pairs)
     starts = split.train_starts(np.linspace(0, split.n_train_starts - 1, 200).astype(int))
     ce, _, targets = evaluate(model, split, starts, 16, torch.device("cpu"), contextlib.nullcontext())
     losses = {alpha: pdl_weights(counts, alpha)[targets] * ce for alpha in ALPHAS}
     of_band = lambda loss: {name: (loss[bands[targets] == i].sum() / loss.sum()).item() for i, name in enumerate(BANDS)}
     _, held_out = split.sequences(split.val_starts)
-    real = measure_text([tokens[:128] for _, tokens in split.openings(32)], held_out[held_out != -100], bands, tokenizer.n_vocab)
+    real = measure_text([tokens[:128] for _, tokens in split.openings(32)], held_out[held_out != -100], bands, len(counts))
     return {"share_of_loss": {alpha: of_band(loss) for alpha, loss in losses.items()}, "text": real}
 
 
@@ -135,6 +159,10 @@ def of_seeds(results, text, alpha, column):
     return [COLUMNS[column][0](results[f"{text}, alpha {alpha}, seed {seed}"]) for seed in SEEDS]
 
 
+def of_shifted(results, text, alpha, name):
+    return [results[f"{text}, alpha 0, seed {seed}"]["shifted"][str(alpha)][name] for seed in SEEDS]
+
+
 def table(header, rows):
     print(f"\n| {' | '.join(header)} |\n|{'---|' * len(header)}", *(f"| {' | '.join(map(str, row))} |" for row in rows), sep="\n")
 
@@ -150,8 +178,16 @@ def tables(results):
         rows.append(["the text itself"] + [""] * 5 + [f"{real['distinct_2']:.3f}", f"{100 * real['rare_share']:.1f}", f"{real['kl']:.2f}", f"{real['repeated_4']:.2f}"])
         table(["alpha", *COLUMNS], rows)
     for text, title in TEXTS.items():
+        print(f"\n**{title}**, PDL and the plain model (alpha 0) with log w(t) added to its logits")
+        pairs = lambda alpha, name: (of_seeds(results, text, alpha, name), of_shifted(results, text, alpha, name))
+        rows = [[alpha] + [f"{statistics.mean(values):.2f}" for name in ("all", "rare") for values in pairs(alpha, name)] for alpha in ALPHAS]
+        table(["alpha", "all: PDL", "plain + log w", "rare: PDL", "plain + log w"], rows)
+    for text, title in TEXTS.items():
         print(f"\n**{title}**, share of the loss before the first step")
         table(["alpha", *BANDS], [[alpha, *(f"{share:.1%}" for share in shares.values())] for alpha, shares in results[text]["share_of_loss"].items()])
+    for alpha in 0, 0.5, 1:
+        first = results[f"reference, alpha {alpha}, seed {SEEDS[0]}"]["first_sample"]
+        print(f"\nalpha {alpha}:\n\n```\n[{first['prompt']}]{first['sampled']}\n```")
     print("\n**One run each**, seed 1")
     names = [name for name in results if "learning rate" in name or any(name.endswith(", " + setting) for setting in SETTINGS)]
     table(["", *COLUMNS], [[name] + [f"{column(results[name]):.{digits}f}" for column, digits in COLUMNS.values()] for name in names])
@@ -172,10 +208,12 @@ def figure(results):
                 values = [[scale * value for value in of_seeds(results, text, alpha, name)] for alpha in ALPHAS]
                 line = ax.errorbar(ALPHAS, list(map(statistics.mean, values)), list(map(statistics.stdev, values)), marker="o", markersize=3, capsize=2,
                                    label=name + ", share" * (name == "rare tokens"), color="black" if name == "all" else None)
+                if name in ("all", "rare"):
+                    ax.plot(ALPHAS, [statistics.mean(of_shifted(results, text, alpha, name)) for alpha in ALPHAS], "--", color=line[0].get_color(), linewidth=1)
                 if name in real:
                     ax.axhline(results[text]["text"][real[name]], color=line[0].get_color(), linestyle=":", linewidth=1)
             ax.legend(frameon=False, fontsize=8)
-    axes[-1][0].set_xlabel("alpha")
+    axes[-1][0].set_xlabel("alpha; dashed: plain finetuning, log w(t) added to the logits")
     axes[-1][1].set_xlabel("alpha; dotted: the same measure of the real text")
     figure.tight_layout()
     replace(RESULTS.with_name("study.svg"), lambda path: figure.savefig(path, format="svg", metadata={"Date": None}))

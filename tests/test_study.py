@@ -89,3 +89,10 @@ def test_measures_of_text():
     assert m["distinct_tokens"] == 3 and m["rare_share"] == pytest.approx(2 / 9)
     p, q = [4 / 9, 3 / 9, 2 / 9], [3 / 8, 2 / 8, 2 / 8]
     assert m["kl"] == pytest.approx(sum(a * math.log(a / b) for a, b in zip(p, q)))
+
+
+def test_the_tables_of_the_readme_are_those_of_the_study():
+    printed = run("tests/study.py", "--tables", cwd=ROOT).stdout.splitlines()
+    results = (ROOT / "README.md").read_text(encoding="utf-8").split("## Results")[1].split("\n## ")[0]
+    rows = [line for line in results.splitlines() if line.startswith("|")]
+    assert len(rows) > 20 and set(rows) <= set(printed)
