@@ -196,7 +196,7 @@ def tables(results):
 def figure(results):
     import matplotlib.pyplot as plt
 
-    plt.rcParams.update({"svg.hashsalt": "", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    plt.rcParams.update({"svg.hashsalt": "", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     figure, axes = plt.subplots(len(TEXTS), 2, figsize=(9, 6.4), sharex=True)
     panels = {"held-out cross-entropy, nats": ("frequent", "middle", "rare", "all"), "the text it writes": ("distinct-2", "rare tokens", "repeated-4, greedy")}
     real = {"distinct-2": "distinct_2", "rare tokens": "rare_share", "repeated-4, greedy": "repeated_4"}
@@ -212,7 +212,9 @@ def figure(results):
                     ax.plot(ALPHAS, [statistics.mean(of_shifted(results, text, alpha, name)) for alpha in ALPHAS], "--", color=line[0].get_color(), linewidth=1)
                 if name in real:
                     ax.axhline(results[text]["text"][real[name]], color=line[0].get_color(), linestyle=":", linewidth=1)
-            ax.legend(frameon=False, fontsize=8)
+            ax.legend(frameon=False, fontsize=8, loc="upper left", ncols=1 if "all" in columns else 3)
+            if "all" not in columns:
+                ax.set_ylim(0, 1.15)
     axes[-1][0].set_xlabel("alpha; dashed: plain finetuning, log w(t) added to the logits")
     axes[-1][1].set_xlabel("alpha; dotted: the same measure of the real text")
     figure.tight_layout()
