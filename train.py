@@ -71,7 +71,7 @@ def parse_args():
     add("--device", default="auto", help="cuda, mps, cpu (default: the first of them that is there)")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of the matrix products; the weights stay float32 (default: bfloat16 where the hardware has it)")
     add("--compile", action="store_true", help="torch.compile the model")
-    add("--activation_checkpointing", action="store_true", help="recompute activations in the backward pass: less memory, a third more time")
+    add("--activation_checkpointing", action="store_true", help="recompute activations in the backward pass: less memory, a tenth more time")
     args = p.parse_args()
     if args.resume:
         path = Path(args.out_dir, "resume.pt")
