@@ -104,9 +104,9 @@ def pick_dtype(name, device):
 def allocate(lasting):
     """Tell glibc's malloc whether what is allocated from here on lasts, as weights do, or comes and goes with each step.
 
-    What comes and goes is reused; by default large blocks go back to the system, and each step pages them in anew. What lasts
-    gets a mapping of its own, so that it does not lie scattered among the rest, and the rest is given back. GPT-2 124M, 4 x 512, on two CPU cores: 2.2
-    instead of 2.5 seconds a step, and 3.0 GB (3.1 if all is reused).
+    What comes and goes is reused; by default large blocks go back to the system, and each step pages them in anew. What
+    lasts gets a mapping of its own, so that it does not lie scattered among the rest, and the rest is given back. GPT-2
+    124M, 4 x 512, on two CPU cores: 2.2 instead of 2.5 seconds a step, and 3.0 GB (3.1 if all is reused).
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
