@@ -228,7 +228,8 @@ class Pairs(Split):
         mark = lambda pairs: [part for prompt, completion in pairs for part in [False] * len(prompt) + [True] * len(completion)]
         # After the training pairs, room for a sequence that starts at the last one; after a held-out row, for the rest of it.
         pad = lambda row, value: (row + [value] * (block_size + 1))[: block_size + 1]
-        lay = lambda flat, value: flat(training) + pad([], value) + sum((pad(flat(row), value) for row in rows), [])
+        parts = lambda flat, value: (flat(training), pad([], value), *(pad(flat(row), value) for row in rows))
+        lay = lambda flat, value: [entry for part in parts(flat, value) for entry in part]
         self.tokens, self.carries_loss = np.array(lay(join, self.eot), np.uint32), np.array(lay(mark, False))
         self.starts = np.cumsum([0] + [len(prompt + completion) for prompt, completion in training])
         self.n_train_tokens, self.n_train_starts = self.starts[-1], len(training)

@@ -153,6 +153,7 @@ COLUMNS = {  # name, where a run's result has it, digits
     "KL": (lambda r: r["text"]["sampled"]["kl"], 2),
     "repeated-4, greedy": (lambda r: r["text"]["greedy"]["repeated_4"], 2),
 }
+MEASURES = tuple(COLUMNS)[5:]  # those of text, which the real text has, too
 
 
 def of_seeds(results, text, alpha, column):
@@ -161,6 +162,11 @@ def of_seeds(results, text, alpha, column):
 
 def of_shifted(results, text, alpha, name):
     return [results[f"{text}, alpha 0, seed {seed}"]["shifted"][str(alpha)][name] for seed in SEEDS]
+
+
+def of_text(results, text, column):
+    real = results[text]["text"]
+    return COLUMNS[column][0]({"text": {"sampled": real, "greedy": real}})
 
 
 def table(header, rows):
@@ -174,8 +180,8 @@ def tables(results):
         for alpha in ALPHAS:
             cells = ((of_seeds(results, text, alpha, name), digits) for name, (_, digits) in COLUMNS.items())
             rows.append([alpha] + [f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}" for values, digits in cells])
-        real = results[text]["text"]
-        rows.append(["the text itself"] + [""] * 5 + [f"{real['distinct_2']:.3f}", f"{100 * real['rare_share']:.1f}", f"{real['kl']:.2f}", f"{real['repeated_4']:.2f}"])
+        real = (f"{of_text(results, text, name):.{COLUMNS[name][1]}f}" if name in MEASURES else "" for name in COLUMNS)
+        rows.append(["the text itself", *real])
         table(["alpha", *COLUMNS], rows)
     for text, title in TEXTS.items():
         print(f"\n**{title}**, PDL and the plain model (alpha 0) with log w(t) added to its logits")
@@ -199,7 +205,6 @@ def figure(results):
     plt.rcParams.update({"svg.hashsalt": "", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     figure, axes = plt.subplots(len(TEXTS), 2, figsize=(9, 6.4), sharex=True)
     panels = {"held-out cross-entropy, nats": ("frequent", "middle", "rare", "all"), "the text it writes": ("distinct-2", "rare tokens", "repeated-4, greedy")}
-    real = {"distinct-2": "distinct_2", "rare tokens": "rare_share", "repeated-4, greedy": "repeated_4"}
     for row, (text, title) in zip(axes, TEXTS.items()):
         for ax, (what, columns) in zip(row, panels.items()):
             ax.set_title(f"{title}: {what}", fontsize=9, loc="left")
@@ -210,8 +215,8 @@ def figure(results):
                                    label=name + ", share" * (name == "rare tokens"), color="black" if name == "all" else None)
                 if name in ("all", "rare"):
                     ax.plot(ALPHAS, [statistics.mean(of_shifted(results, text, alpha, name)) for alpha in ALPHAS], "--", color=line[0].get_color(), linewidth=1)
-                if name in real:
-                    ax.axhline(results[text]["text"][real[name]], color=line[0].get_color(), linestyle=":", linewidth=1)
+                if name in MEASURES:
+                    ax.axhline(scale * of_text(results, text, name), color=line[0].get_color(), linestyle=":", linewidth=1)
             ax.legend(frameon=False, fontsize=8, loc="upper left", ncols=1 if "all" in columns else 3)
             if "all" not in columns:
                 ax.set_ylim(0, 1.15)

@@ -63,8 +63,8 @@ def test_streamed_in_pieces_as_encoded_whole(tokenizer, tmp_path, monkeypatch, s
 def test_text_without_a_place_to_cut(tokenizer, monkeypatch):
     rng = random.Random(0)
     atoms = ["a", "=", "0", "'", "\n", "\u00a0", "ab", "!'", "\u00e9", "\u4e2d\u6587", "\U0001f469\u200d", string.ascii_letters, string.digits, string.punctuation, " \t\n\r"]
+    monkeypatch.setattr(count, "CHUNK", 2000)
     for text in ["".join(rng.choices(atom, k=20_000)) for atom in atoms]:
-        monkeypatch.setattr(count, "CHUNK", 2000)
         pieces = [tokens for _, tokens in encode([text], tokenizer)]
         assert np.concatenate(pieces).tolist() == tokenizer.encode_ordinary(text) and len(pieces) > 5, text[:20]
 

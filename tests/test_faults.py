@@ -1,6 +1,5 @@
 """What goes wrong on the first day: a full disk, a killed process, a stranger's file, a text that changed. Really injected."""
 
-import json
 import pickle
 import random
 import resource
