@@ -1,16 +1,15 @@
 """pdl.py against float64 mathematics written from the paper, Eq. 3 and Eq. 5, token by token in Python."""
 
 import math
+import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 import pdl
 from pdl import linear_pdl_loss, pdl_loss, pdl_weights, token_weights
 
@@ -44,6 +43,15 @@ def example(shape=(3, 11), dtype=torch.float64, ignored=7):
     return hidden, lm_head, targets
 
 
+def gradients_in_float64(hidden, lm_head, targets, weights):
+    """Of the "mean", for any weights: the sum over k of w_k (softmax - onehot), in closed form."""
+    shape, hidden, lm_head = hidden.shape, hidden.detach().double().view(-1, D), lm_head.detach().double()
+    keep, targets = targets.view(-1) != -100, targets.view(-1).clamp(min=0)
+    w = weights.double()[targets] * keep
+    by_logits = ((hidden @ lm_head.T).softmax(-1) - F.one_hot(targets, V)) * (w / w.sum())[:, None]
+    return (by_logits @ lm_head).view(shape), by_logits.T @ hidden
+
+
 def full(hidden, lm_head, *args):
     return pdl_loss(hidden @ lm_head.T, *args)
 
@@ -64,7 +72,8 @@ def test_values_and_gradients(loss, reduction, alpha, eps, normalize):
     assert ours.shape == expected.shape
     torch.testing.assert_close(ours, expected, rtol=1e-6, atol=0)  # the weights are float32
     upstream = torch.randn_like(ours)
-    for a, b in zip(torch.autograd.grad(ours, (hidden, lm_head), upstream), torch.autograd.grad(expected, (hidden, lm_head), upstream)):
+    gradients = (torch.autograd.grad(loss, (hidden, lm_head), upstream) for loss in (ours, expected))
+    for a, b in zip(*gradients):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6 * b.abs().max().item())
 
 
@@ -79,6 +88,32 @@ def test_bfloat16_is_as_exact_as_its_inputs(loss, reduction):
     torch.testing.assert_close(ours.double(), expected, rtol=3e-3, atol=0)
     for a, b in zip(torch.autograd.grad(ours, (hidden, lm_head)), torch.autograd.grad(expected, exact)):
         assert (a.double() - b).norm() < 0.01 * b.norm()
+
+
+@pytest.mark.parametrize("rows", [250, 20, 5, 1])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_stays_exact_in_any_number_of_chunks(monkeypatch, rows, autocast):
+    monkeypatch.setattr(pdl, "CHUNK_LOGITS", rows * V)
+    hidden, lm_head, targets = example((500,), torch.bfloat16)
+    expected = gradients_in_float64(hidden, lm_head, targets, pdl_weights(COUNTS, 0.5))
+    if autocast:
+        hidden, lm_head = (x.detach().float().requires_grad_() for x in (hidden, lm_head))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        ours = linear_pdl_loss(hidden, lm_head, targets, pdl_weights(COUNTS, 0.5))
+    for a, b in zip(torch.autograd.grad(ours, (hidden, lm_head)), expected):
+        assert (a.double() - b).norm() < 0.005 * b.norm()
+
+
+@pytest.mark.parametrize("loss", [full, linear_pdl_loss])
+@pytest.mark.parametrize("weight", [1e6, 1, 1e-4])
+def test_float16_neither_overflows_nor_vanishes(loss, weight):
+    hidden, lm_head, targets = example((40, 11), torch.float16)
+    weights = weight * pdl_weights(COUNTS, 0.5, eps=1.0)
+    expected = gradients_in_float64(hidden, lm_head, targets, weights)
+    ours = torch.autograd.grad(loss(hidden, lm_head, targets, weights), (hidden, lm_head))
+    for a, b in zip(ours, expected):
+        assert (a.double() - b).norm() < 0.002 * b.norm()
+        assert ((a == 0) & (b.abs() > 2**-24)).sum() == 0  # float16 holds nothing smaller
 
 
 def test_autocast_computes_in_its_dtype_and_returns_float32_gradients():
@@ -119,8 +154,10 @@ def test_a_batch_in_parts_over_one_denominator_is_the_whole_batch():
     weights = pdl_weights(COUNTS, 1.0)
     whole = torch.autograd.grad(linear_pdl_loss(hidden, lm_head, targets, weights), lm_head)[0]
     denominator = token_weights(targets, weights).sum()
-    parts = sum(torch.autograd.grad(linear_pdl_loss(h, lm_head, t, weights, "sum") / denominator, lm_head)[0] for h, t in zip(hidden, targets))
-    means = sum(torch.autograd.grad(linear_pdl_loss(h, lm_head, t, weights) / 3, lm_head)[0] for h, t in zip(hidden, targets))
+    losses = [linear_pdl_loss(h, lm_head, t, weights, "sum") / denominator for h, t in zip(hidden, targets)]
+    parts = sum(torch.autograd.grad(loss, lm_head)[0] for loss in losses)
+    losses = [linear_pdl_loss(h, lm_head, t, weights) / 3 for h, t in zip(hidden, targets)]
+    means = sum(torch.autograd.grad(loss, lm_head)[0] for loss in losses)
     torch.testing.assert_close(parts, whole)
     assert (means - whole).norm() > 0.05 * whole.norm()  # what a mean of means would get wrong
 
@@ -151,9 +188,11 @@ def test_linear_never_holds_the_logits(reduction):
 
 
 @pytest.mark.parametrize("arguments, culprit", [
-    (dict(counts=[[1, 2]]), "counts"), (dict(counts=[1, -1]), "counts"), (dict(counts=[1.0, math.nan]), "counts"),
-    (dict(counts=[1, 2], alpha=-1), "alpha"), (dict(counts=[1, 2], alpha=math.inf), "alpha"), (dict(counts=[1, 2], alpha=math.nan), "alpha"),
-    (dict(counts=[1, 2], eps=-1), "eps"), (dict(counts=[1, 2], eps=math.nan), "eps"), (dict(counts=[0, 2], eps=0), "eps"),
+    (dict(counts=[[1, 2]]), "counts"), (dict(counts=[1, -1]), "counts"),
+    (dict(counts=[1.0, math.nan]), "counts"),
+    (dict(counts=[1, 2], alpha=-1), "alpha"), (dict(counts=[1, 2], alpha=math.inf), "alpha"),
+    (dict(counts=[1, 2], alpha=math.nan), "alpha"), (dict(counts=[1, 2], eps=-1), "eps"),
+    (dict(counts=[1, 2], eps=math.nan), "eps"), (dict(counts=[0, 2], eps=0), "eps"),
     (dict(counts=[0, 0], normalize=True), "counts"),
 ])
 def test_weights_refuse_nonsense(arguments, culprit):
@@ -173,7 +212,20 @@ def test_loss_refuses_what_does_not_fit(loss):
         loss(hidden, lm_head, targets, weights, "average")
 
 
+@pytest.mark.parametrize("loss", [full, linear_pdl_loss])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("target", [-1, V])
+def test_a_target_outside_the_vocabulary_is_an_error(loss, reduction, target):
+    hidden, lm_head, targets = example()
+    targets[1, 2] = target
+    with pytest.raises(IndexError):
+        loss(hidden, lm_head, targets, pdl_weights(COUNTS), reduction)
+    with pytest.raises(IndexError):
+        token_weights(targets, pdl_weights(COUNTS))
+
+
 def test_copied_alone_it_runs_and_shows_the_method(tmp_path):
-    (tmp_path / "pdl.py").write_text(Path(pdl.__file__).read_text())
-    out = subprocess.run([sys.executable, "-I", tmp_path / "pdl.py"], capture_output=True, text=True, check=True).stdout
+    shutil.copy(pdl.__file__, tmp_path)
+    command = [sys.executable, "-I", tmp_path / "pdl.py"]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert len(out.splitlines()) <= 10
