@@ -3,9 +3,11 @@ Count how often each token of a tokenizer occurs in text: the freq(t) of Power-L
 
     python count.py TEXT [TEXT ...] [-o counts.npy] [--tokenizer gpt2|FOLDER]
 
-Writes an int64 array of shape (n_vocab,). A text is UTF-8, or the same gzipped (.gz); - is standard input.
-It owns the tokenizer: load_tokenizer and encode are what train.py and sample.py use, too. It builds none; the
-vocab.json and merges.txt of a checkpoint folder say how text is split.
+Writes an int64 array of shape (n_vocab,). A text is UTF-8, gzipped (.gz) or not; - is standard input. Of pairs
+(.jsonl) the completions count, with an end of text each: what carries loss in training.
+
+Here is all that is known of text before a model sees it: tokenizer, reading, counts, frequency bands, and the
+Corpus that train.py draws its batches from. It trains no tokenizer, and knows neither the model nor the loss.
 """
 
 import argparse
@@ -13,49 +15,94 @@ import codecs
 import contextlib
 import gzip
 import hashlib
+import json
 import os
 import re
+import shutil
 import sys
+import tempfile
 import time
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import tiktoken
-from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+from tiktoken_ext.openai_public import r50k_pat_str  # how GPT-2 splits text, before it merges bytes
 
-# GPT-2's own splitting of text into the pieces that byte pairs are merged in (openai/gpt-2, encoder.py).
-GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 END_OF_TEXT = "<|endoftext|>"
-CHUNK = 1 << 20  # bytes handed to a thread at a time
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json")
+READ = 1 << 20  # bytes read at a time
+PIECE = 1 << 18  # characters tokenized at a time; 500,000 spaces in one overflow the pattern's stack
+
+
+# --- the tokenizer ---
 
 
 def load_tokenizer(name_or_folder):
     """The tiktoken.Encoding of a checkpoint folder or of a released model's name, such as "gpt2".
 
-    Raises OSError if its files cannot be had, ValueError if they are not a GPT-2 tokenizer.
+    A folder has vocab.json and merges.txt, or tokenizer.json alone, which is what Transformers 5 writes.
+    Raises OSError if they cannot be had, ValueError if they are no byte-level BPE that splits as GPT-2's does.
     """
     folder = Path(name_or_folder)
-    if not (folder / "vocab.json").exists():
+    if not any((folder / file).exists() for file in TOKENIZER_FILES):
         from model import checkpoint_folder  # imports torch: slow, and a folder does not need it
 
         folder = checkpoint_folder(name_or_folder)
-    files = [folder / "merges.txt", folder / "vocab.json"]
-    # tiktoken caches by path, local files too; the hashes make it look again when another file is there.
-    hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
     try:
-        ranks = data_gym_to_mergeable_bpe_ranks(*map(str, files), *hashes)
-    except (AssertionError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder}: vocab.json and merges.txt are not a GPT-2 tokenizer ({error})") from None
-    name = "-".join(digest[:16] for digest in hashes)  # the same name only for the same tokenizer
-    return tiktoken.Encoding(name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)})
+        if (folder / "vocab.json").exists():
+            vocab, special = json.loads((folder / "vocab.json").read_bytes()), {}
+            lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+            merges = [line for line in lines if line and not line.startswith("#version")]
+        else:
+            vocab, merges, special = _read_tokenizer_json(folder / "tokenizer.json")
+        # A byte is written as the character that it is, where that can be seen, else as one from 256 on.
+        seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        byte_of = dict(zip(map(chr, seen), seen))
+        byte_of |= {chr(256 + i): byte for i, byte in enumerate(sorted({*range(256)} - {*seen}))}
+        merged = ["".join(pair.split(" ") if isinstance(pair, str) else pair) for pair in merges]
+        ranks = {bytes(byte_of[c] for c in token): vocab[token] for token in (*byte_of, *merged)}
+        if [vocab[token] for token in merged] != sorted(vocab[token] for token in merged):
+            raise ValueError("its ids are not in the order of its merges")  # in which tiktoken merges
+        ordinary = set(ranks.values())
+        special |= {token: i for token, i in vocab.items() if i not in ordinary}
+        if END_OF_TEXT not in special:
+            raise ValueError(f"it has no {END_OF_TEXT}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise ValueError(f"{folder} holds no GPT-2 tokenizer, the only kind that is known here: {reason}") from None
+    name = hashlib.sha256(repr((ranks, special)).encode()).hexdigest()  # the same only for the same tokenizer
+    return tiktoken.Encoding(name, pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
+
+
+def _read_tokenizer_json(path):
+    """vocab, merges and special tokens from the one file of Transformers' tokenizers."""
+    content = json.loads(path.read_bytes())
+    model, splitter = content["model"], content.get("pre_tokenizer") or {}
+    how = splitter.get("type"), splitter.get("add_prefix_space"), splitter.get("use_regex", True)
+    if model.get("type", "BPE") != "BPE" or content.get("normalizer") or how != ("ByteLevel", False, True):
+        raise ValueError(f"{path.name} has another model, normalizer or pre_tokenizer")
+    special = {token["content"]: token["id"] for token in content["added_tokens"]}
+    return model["vocab"], model["merges"], special
+
+
+# --- reading ---
+
+
+def format_of(path):
+    """"pairs" for JSON Lines, "text" for all else, gzipped or not. Another format has its place here."""
+    name = str(path).removesuffix(".gz")
+    if name.endswith(".json"):
+        raise ValueError(f'{path}: pairs come as .jsonl, {{"prompt": "...", "completion": "..."}} a line')
+    return "pairs" if name.endswith(".jsonl") else "text"
 
 
 def read_text(path):
-    """Yield the text of a UTF-8 file ("-": standard input, .gz: gzipped) as it is read, line ends unchanged."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
+    """Yield the text of a UTF-8 file ("-": standard input, .gz: gzipped) as it is read, line ends as they are."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()  # a byte order mark is no text
     done = 0
     try:
         if path == "-":
@@ -63,26 +110,29 @@ def read_text(path):
         else:
             opened = gzip.open(path) if str(path).endswith(".gz") else open(path, "rb")
         with opened as file:
-            while data := file.read(CHUNK):
+            while data := file.read(READ):
                 yield decoder.decode(data)
                 done += len(data)
             yield decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (near byte {done + error.start:,}): convert it to UTF-8 first") from None
+        at = f"near byte {done + error.start:,}"
+        raise ValueError(f"{path} is not UTF-8 text ({at}): convert it to UTF-8 first") from None
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error}): give a text file") from None
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{path} cannot be read ({reason}): give a text file") from None
 
 
 def encode(texts, tokenizer, jobs=None):
     """Tokenize a stream of strings: yields (bytes, uint32 array), exactly the tokens of the strings joined.
 
-    Special tokens written in the text are the plain characters they are. jobs: threads; by default one a core.
+    Special tokens written in the text are the plain characters they are. jobs: threads; by default one per core.
     """
-    jobs = jobs or len(os.sched_getaffinity(0))
+    jobs = jobs or os.cpu_count() or 1
     with ThreadPoolExecutor(jobs) as pool:  # tiktoken works without Python's lock
         pending = deque()  # no further ahead than the threads need, so that memory stays flat
         for piece in _cut(texts, tokenizer):
-            pending.append((len(piece.encode()), pool.submit(tokenizer.encode_to_numpy, piece, disallowed_special=())))
+            tokens = pool.submit(tokenizer.encode_to_numpy, piece, disallowed_special=())
+            pending.append((len(piece.encode()), tokens))
             if len(pending) > 2 * jobs:
                 size, tokens = pending.popleft()
                 yield size, tokens.result()
@@ -90,20 +140,21 @@ def encode(texts, tokenizer, jobs=None):
             yield size, tokens.result()
 
 
-# Where GPT2_PATTERN ends a match whatever comes before and after: it looks back at nothing, no alternative goes on from
-# another character into white space, and a run of letters or of digits ends where the run ends. (An apostrophe may start
-# a contraction, so nothing is cut behind one.) Python's \s is wider than the pattern's, hence the explicit set.
-BOUNDARY = re.compile(r"(?<=\S)(?=[ \t\n\r])|(?<=[A-Za-z0-9])(?=[!-/:-@\[-`{-~])|(?<=[A-Za-z])(?=[0-9])|(?<=[0-9])(?=[A-Za-z])")
+# Where GPT-2's pattern ends a match whatever comes before and after: it looks back at nothing, no alternative goes
+# on from another character into white space, and a run of letters or of digits ends where the run ends. (Behind an
+# apostrophe, which may start a contraction, nothing is cut.) Python's \s is wider than the pattern's: hence the set.
+BOUNDARY = re.compile(r"(?<=\S)(?=[ \t\n\r])|(?<=[A-Za-z0-9])(?=[!-/:-@\[-`{-~])"
+                      r"|(?<=[A-Za-z])(?=[0-9])|(?<=[0-9])(?=[A-Za-z])")
 
 
 def _cut(texts, tokenizer):
-    """Cut a stream of strings where no token can span, into pieces of about CHUNK characters."""
+    """Cut a stream of strings where no token can span, into pieces of at most PIECE characters."""
     rest = ""
     for text in texts:
         rest += text
-        while len(rest) >= CHUNK and (
-            cut := _last_boundary(rest, CHUNK - 4096) or _last_boundary(rest, 0) or _between_tokens(rest[:CHUNK], tokenizer)
-        ):
+        while len(rest) >= PIECE:
+            cut = _last_boundary(rest, PIECE - 4096) or _last_boundary(rest, 0)
+            cut = cut or _between_tokens(rest[:PIECE], tokenizer)
             yield rest[:cut]
             rest = rest[cut:]
     if rest:
@@ -112,7 +163,7 @@ def _cut(texts, tokenizer):
 
 def _last_boundary(text, start):
     last = None
-    for last in BOUNDARY.finditer(text, start + 1, CHUNK):
+    for last in BOUNDARY.finditer(text, start + 1, PIECE):
         pass
     return last and last.start()
 
@@ -120,8 +171,8 @@ def _last_boundary(text, start):
 def _between_tokens(text, tokenizer):
     """Where to cut text without a BOUNDARY: between two of its tokens.
 
-    No merge crossed that place, so either side alone goes through the same merges. It is far enough from the end that what
-    comes after the text changes nothing there, and no contraction is near, which could begin or end differently.
+    No merge crossed that place, so either side alone goes through the same merges. It is far enough from the end
+    that what comes after changes nothing there, and no contraction is near, which could begin or end differently.
     """
     tokens = tokenizer.encode_ordinary(text)
     for k in range(len(tokens) * 3 // 4, 0, -1):
@@ -131,24 +182,321 @@ def _between_tokens(text, tokenizer):
                 return cut
 
 
+def encode_pairs(path, tokenizer):
+    """Tokenize pairs, {"prompt": "...", "completion": "..."} a line: yields (characters, prompt, completion).
+
+    The latter two are lists of tokens. An end of text ends each completion, and stands for an empty prompt, since
+    a target needs something before it.
+    """
+    lines = enumerate(_lines(path), 1)
+    while batch := list(islice(lines, 1000)):
+        pairs = [(len(line), *_parse_pair(path, number, line)) for number, line in batch if line.strip()]
+        texts = [text for _, *pair in pairs for text in pair]
+        tokens = iter(tokenizer.encode_ordinary_batch(texts))
+        for size, prompt, completion in zip((size for size, *_ in pairs), tokens, tokens):
+            yield size, prompt or [tokenizer.eot_token], completion + [tokenizer.eot_token]
+
+
+def _lines(path):
+    rest = ""
+    for text in read_text(path):
+        *lines, rest = (rest + text).split("\n")
+        yield from lines
+    yield rest
+
+
+def _parse_pair(path, number, line):
+    try:
+        pair = json.loads(line)
+        prompt, completion = pair["prompt"], pair["completion"]
+        if isinstance(prompt, str) and isinstance(completion, str):
+            return prompt, completion
+        reason = "both are strings"
+    except (ValueError, TypeError, KeyError) as error:
+        reason = f"{type(error).__name__} {error}"
+    raise ValueError(f'{path} line {number} is not {{"prompt": "...", "completion": "..."}}: {reason}')
+
+
+# --- text and pairs to train on ---
+
+
+def open_corpus(path, tokenizer, block_size, cache):
+    """The Corpus of a text or of pairs, or, without a path, of the reference that Python's own help() shows.
+
+    It is tokenized once, into a folder of its own in the folder cache, and found there again as long as file and
+    tokenizer are the same. Raises ValueError for what cannot be read, or is too little to hold a tenth out.
+    """
+    if path is None:
+        from pydoc_data.topics import topics
+
+        name, kind, texts = "the Python language reference", "text", ["\n\n".join(topics.values())]
+        identity = hashlib.sha256(texts[0].encode()).hexdigest()
+    elif os.path.isfile(path):
+        name, kind, texts, stat = str(path), format_of(path), read_text(path), os.stat(path)
+        identity = os.path.realpath(path), stat.st_size, stat.st_mtime_ns, stat.st_ino
+    else:
+        raise ValueError(f"--data {path}: there is no such file")
+    dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
+    key = repr((identity, tokenizer.name, kind, kind == "pairs" and block_size))
+    folder = cache / f"{kind}.{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    if not folder.exists():
+        with _written_whole(folder) as part:
+            if kind == "text":
+                with open(part / "tokens", "wb") as file:
+                    file.writelines(tokens.astype(dtype).tobytes() for _, tokens in encode(texts, tokenizer))
+            else:
+                _write_pairs(part, path, tokenizer, block_size, dtype)
+
+    def read(file, dtype):
+        path = folder / file
+        return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)
+
+    if kind == "text":
+        return Corpus.of_text(name, read("tokens", dtype), block_size)
+    counted = json.loads((folder / "counted.json").read_bytes())
+    return Corpus.of_pairs(name, read("tokens", dtype), read("carries_loss", bool), read("begins", np.int64),
+                           block_size, **counted)
+
+
+@contextlib.contextmanager
+def _written_whole(folder):
+    """A folder to write to, renamed to its place at the end, so that no process ever reads a part of it."""
+    part = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(".part", dir=folder.parent))
+        yield part
+        part.rename(folder)
+    except OSError as error:
+        if not folder.exists():  # else another process was faster, and wrote the same
+            raise ValueError(f"{folder} cannot be written ({error.strerror or error})") from None
+    finally:
+        if part:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def _write_pairs(folder, path, tokenizer, block_size, dtype):
+    """Tokens, which of them carry loss, and where each pair begins: first the pairs to train on, then the others.
+
+    Every tenth prompt is held out with all its completions, so that none is known from training. A pair that is
+    longer than a sequence loses the beginning of its prompt first, so that the completion keeps its targets.
+    """
+    counted = {"n_train": 0, "n_held_out": 0, "n_cut_prompts": 0, "n_cut_completions": 0}
+    held_out, lengths, prompts = (bytearray(), bytearray()), ([], []), {}
+    with open(folder / "tokens", "wb") as token_file, open(folder / "carries_loss", "wb") as loss_file:
+        for _, prompt, completion in encode_pairs(path, tokenizer):
+            digest = hashlib.blake2b(repr(prompt).encode(), digest_size=16).digest()
+            is_held_out = prompts.setdefault(digest, len(prompts)) % 10 == 9
+            kept = prompt[-max(1, block_size + 1 - len(completion)) :]
+            counted["n_cut_prompts"] += len(kept) < len(prompt)
+            counted["n_cut_completions"] += len(kept) + len(completion) > block_size + 1
+            completion = completion[: block_size + 1 - len(kept)]
+            counted["n_held_out" if is_held_out else "n_train"] += 1
+            lengths[is_held_out].append(len(kept) + len(completion))
+            tokens = np.array(kept + completion, dtype).tobytes()
+            carries_loss = b"\0" * len(kept) + b"\1" * len(completion)
+            if is_held_out:  # a tenth of the file waits in memory
+                held_out[0].extend(tokens), held_out[1].extend(carries_loss)
+            else:
+                token_file.write(tokens), loss_file.write(carries_loss)
+        token_file.write(held_out[0]), loss_file.write(held_out[1])
+    if len(prompts) < 10:
+        raise ValueError(f"{path} has {len(prompts)} different prompts; it takes 10 to hold a tenth out")
+    np.cumsum([0] + lengths[False] + lengths[True], dtype=np.int64).tofile(folder / "begins")
+    (folder / "counted.json").write_text(json.dumps(counted), encoding="utf-8")
+
+
+class Corpus:
+    """Text or pairs, split: what train.py draws its batches from, and what it measures itself on.
+
+    tokens: (N,), memory-mapped. carries_loss: (N,) bool, or None: all do, as in text. runs: (R, 2), the stretches
+    [begin, end) to train on. A training sequence begins at one of spans[i] tokens from starts[i] on. windows: (W, 2),
+    the stretches to be measured on; each held-out target is in one of them, once.
+    """
+
+    def __init__(self, tokens, carries_loss, block_size, runs, starts, spans, windows, description):
+        self.tokens, self.carries_loss, self.block_size = tokens, carries_loss, block_size
+        self.description = description
+        self.runs, self.starts, self.windows = runs, starts, windows
+        self.before = np.cumsum(spans) - spans  # training sequences that begin before starts[i]
+        self.n_train_starts = int(spans.sum())
+
+    @classmethod
+    def of_text(cls, name, tokens, block_size):
+        """Every tenth stretch is held out, rather than the end: the parts of a text differ.
+
+        A stretch is as long as four sequences (fewer in a short text), so that few are lost at its borders.
+        """
+        n, B = len(tokens), block_size
+        if n < 10 * (B + 1):
+            raise ValueError(f"{name} has {n:,} tokens; --block_size {B} needs at least {10 * (B + 1):,} to hold "
+                             "a tenth out: lower it, or give more text")
+        per_stretch = min(4, max(1, n // 80 // B))
+        stretch = per_stretch * B + 1
+        starts = np.arange(0, n, 10 * stretch)
+        runs = np.stack((starts, np.minimum(starts + 9 * stretch, n)), axis=1)
+        held_out = starts[starts + 10 * stretch <= n] + 9 * stretch
+        windows = (held_out[:, None] + np.arange(per_stretch) * B).reshape(-1, 1) + [0, B + 1]
+        lengths = runs[:, 1] - runs[:, 0]
+        description = f"{name}: {n:,} tokens: {lengths.sum():,} to train on, {len(windows) * B:,} held out"
+        return cls(tokens, None, B, runs, starts, np.maximum(lengths - B, 0), windows, description)
+
+    @classmethod
+    def of_pairs(cls, name, tokens, carries_loss, begins, block_size, n_train, n_held_out, n_cut_prompts,
+                 n_cut_completions):
+        """A training sequence begins with a pair and goes on into the next ones: no context is wasted."""
+        windows = []
+        for begin, end in zip(begins[n_train:-1].tolist(), begins[n_train + 1 :].tolist()):
+            if not windows or end - windows[-1][0] > block_size + 1:  # as many whole pairs as fit
+                windows.append([begin, end])
+            windows[-1][1] = end
+        targets = int(carries_loss[begins[n_train] :].sum())
+        description = (f"{name}: {n_train + n_held_out:,} pairs: {n_train:,} to train on, {n_held_out:,} held out, "
+                       f"{targets:,} tokens to be predicted")
+        if n_cut_prompts:
+            description += f"; {n_cut_prompts:,} longer than --block_size {block_size} lose the start of the prompt"
+        if n_cut_completions:
+            description += f", {n_cut_completions:,} of them the end of the completion, too"
+        runs, spans = np.array([[0, begins[n_train]]]), np.ones(n_train, np.int64)
+        return cls(tokens, carries_loss, block_size, runs, begins[:n_train], spans, np.array(windows), description)
+
+    def train_starts(self, u):
+        """The first token of training sequence number u of n_train_starts."""
+        span = np.searchsorted(self.before, u, side="right") - 1
+        return self.starts[span] + u - self.before[span]
+
+    def batch(self, rng, n):
+        """n training sequences drawn with rng, a numpy Generator: inputs and targets as sequences returns them."""
+        begins = self.train_starts(rng.integers(self.n_train_starts, size=n))
+        ends = np.minimum(begins + self.block_size + 1, self.runs[-1, 1])
+        return self.sequences(np.stack((begins, ends), axis=1))
+
+    def sequences(self, windows):
+        """Inputs and targets of windows (n, 2): (n, block_size) int64 each, -100 where there is no loss."""
+        at = windows[:, :1] + np.arange(self.block_size + 1)
+        is_target = at < windows[:, 1:]
+        at = np.minimum(at, len(self.tokens) - 1)
+        if self.carries_loss is not None:
+            is_target &= self.carries_loss[at]
+        rows = self.tokens[at].astype(np.int64)
+        return rows[:, :-1], np.where(is_target, rows, -100)[:, 1:]
+
+    def train_counts(self, n_vocab):
+        """How often each token is a target in the training split: (n_vocab,) int64."""
+        counts, step = np.zeros(n_vocab, np.int64), 1 << 24  # not all in memory at once
+        for begin, end in self.runs.tolist():
+            for part in (slice(at, min(at + step, end)) for at in range(begin, end, step)):
+                carries_loss = ... if self.carries_loss is None else self.carries_loss[part]
+                counts += np.bincount(self.tokens[part][carries_loss], minlength=n_vocab)
+        return counts
+
+    def held_out(self, n):
+        """At most n windows of held-out tokens, evenly spread: (n, 2)."""
+        return self.windows[np.linspace(0, len(self.windows) - 1, min(len(self.windows), n)).astype(int)]
+
+    def openings(self, n):
+        """Of up to n held-out places: what to write on from, and how it goes on; lists of tokens."""
+        B = self.block_size
+        if self.carries_loss is None:
+            rows = [self.tokens[begin:end].tolist() for begin, end in self.held_out(n)]
+            return [(row[: B // 8], row[B // 8 :]) for row in rows]
+        completion_of = {}  # of several completions of a prompt, the first
+        for begin, end in self.windows:
+            tokens, carries_loss = self.tokens[begin:end].tolist(), self.carries_loss[begin:end].view(np.int8)
+            changes = np.flatnonzero(np.diff(carries_loss, prepend=1, append=0)).tolist()  # a prompt begins, ends
+            for prompt, completion, after in zip(changes[::2], changes[1::2], changes[2::2]):
+                key = tuple(tokens[prompt:completion][-B // 2 :])
+                completion_of.setdefault(key, tokens[completion : after - 1])  # without its end of text
+            if len(completion_of) >= n:
+                break
+        return [(list(prompt), completion) for prompt, completion in completion_of.items()][:n]
+
+    def fingerprint(self):
+        """SHA-256 of the tokens and of which carry loss: the same only for the same data."""
+        digest = hashlib.sha256(self.tokens)
+        digest.update(b"" if self.carries_loss is None else self.carries_loss)
+        return digest.hexdigest()
+
+
+# --- counts ---
+
+
 def count_tokens(paths, tokenizer, jobs=None, progress=lambda n_bytes: None):
-    """Count the tokens of text files: int64 (n_vocab,). progress is called with the bytes of each piece done."""
+    """Count the tokens of texts, and those of the completions of pairs: int64 (n_vocab,).
+
+    progress is called with the bytes of each piece done. Raises ValueError for a file that cannot be read.
+    """
     counts = np.zeros(tokenizer.n_vocab, dtype=np.int64)
     for path in paths:
-        for size, tokens in encode(read_text(path), tokenizer, jobs):
-            counts += np.bincount(tokens, minlength=len(counts))
-            progress(size)
+        if format_of(path) == "pairs":
+            for size, _, completion in encode_pairs(path, tokenizer):
+                np.add.at(counts, completion, 1)
+                progress(size)
+        else:
+            for size, tokens in encode(read_text(path), tokenizer, jobs):
+                counts += np.bincount(tokens, minlength=len(counts))
+                progress(size)
     return counts
+
+
+def load_counts(files, n_vocab):
+    """The counts in .npy files, added up: (n_vocab,). A file may be scaled, as in "general.npy:0.1".
+
+    Raises ValueError for what is not n_vocab finite numbers that are not negative; pickles are never loaded.
+    """
+    return sum(scale * _load_counts(path, n_vocab) for path, scale in map(_split_scale, files))
+
+
+def _split_scale(file):
+    path, _, scale = file.rpartition(":")
+    with contextlib.suppress(ValueError):
+        if path and not os.path.exists(file) and 0 < float(scale) < float("inf"):
+            return path, float(scale)
+    return file, 1
+
+
+def _load_counts(path, n_vocab):
+    write = "write it with count.py"
+    try:
+        counts = np.load(path, allow_pickle=False)
+    except OSError as error:
+        raise ValueError(f"--counts {path} cannot be read ({error.strerror}): {write}") from None
+    except (ValueError, EOFError):
+        raise ValueError(f"--counts {path} is not an array of numbers: {write}") from None
+    if not isinstance(counts, np.ndarray) or counts.ndim != 1 or counts.dtype.kind not in "iuf":
+        raise ValueError(f"--counts {path} is not a 1-D array of numbers: {write}")
+    if len(counts) != n_vocab:
+        whose = {50257: "GPT-2's", 4096: "tiny/'s"}.get(len(counts), "another")
+        raise ValueError(f"--counts {path} has {len(counts):,} entries, as of {whose} tokenizer, but the model's "
+                         f"has {n_vocab:,}: count again with count.py --tokenizer")
+    if not (np.isfinite(counts) & (counts >= 0)).all() or not counts.any():
+        raise ValueError(f"--counts {path} must hold finite numbers, none of them negative and not all 0: {write}")
+    return counts
+
+
+BANDS = "frequent", "middle", "rare"
+
+
+def frequency_bands(counts):
+    """Which of the BANDS each token is in, (V,) int64: the most frequent tokens make up half of the text, the rarest
+    its last tenth."""
+    order = np.argsort(-counts, kind="stable")
+    before = np.cumsum(counts[order]) - counts[order]
+    band = np.empty(len(counts), np.int64)
+    band[order] = np.digitize(before / counts.sum(), [0.5, 0.9])
+    band[counts == 0] = 2
+    return band
 
 
 def describe(counts):
     """What a person learns from the counts, in two lines."""
     total, seen = counts.sum(), np.count_nonzero(counts)
     top = np.sort(counts)[::-1][:100].sum()
-    return (
-        f"{total:,} tokens, {seen:,} distinct; the 100 most frequent are {top / total:.1%} of the text\n"
-        f"{len(counts) - seen:,} of the {len(counts):,} in the vocabulary were never seen"
-    )
+    return (f"{total:,} tokens, {seen:,} distinct; the 100 most frequent are {top / total:.1%} of the text\n"
+            f"{len(counts) - seen:,} of the {len(counts):,} in the vocabulary were never seen")
+
+
+# --- the command line ---
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -158,45 +506,62 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}; --help lists the flags\n")
 
 
+def at_least(minimum, kind=int, below=float("inf")):
+    """For argparse: a number of a kind that is at least minimum, and finite."""
+
+    def parse(text):
+        value = kind(text)
+        if not minimum <= value < below:
+            limit = "finite" if below == float("inf") else f"below {below:g}"
+            raise argparse.ArgumentTypeError(f"{text} must be at least {minimum} and {limit}")
+        return value
+
+    parse.__name__ = kind.__name__  # which argparse names for what is no number
+    return parse
+
+
 def run(main):
-    """Run a script's main: what its user can cause ends in one line on stderr."""
+    """Run a script's main: UTF-8 on every platform, and what a user can cause ends in one line on stderr."""
+    for stream in sys.stdout, sys.stderr:
+        stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         main()
     except (OSError, ValueError) as error:
-        of_a_file = isinstance(error, OSError) and error.filename
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {f'{error.filename}: {error.strerror}' if of_a_file else error}")
+        if isinstance(error, OSError) and error.filename:
+            error = f"{error.filename}: {error.strerror}"
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
 
 
 def main():
-    parser = ArgumentParser(description="Count the tokens of text files.")
-    parser.add_argument("text", nargs="+", help="UTF-8 text, .gz or not; - is standard input")
-    parser.add_argument("-o", "--out", default="counts.npy", help="where the counts go (default: %(default)s)")
-    parser.add_argument("--tokenizer", default="gpt2", help="a checkpoint folder, or a released model's name (default: %(default)s)")
-    parser.add_argument("--jobs", type=int, help="threads (default: one a core)")
+    parser = ArgumentParser(description="Count the tokens of texts, and of the completions of pairs.")
+    add = parser.add_argument
+    add("text", nargs="+", help="UTF-8 text or .jsonl pairs, .gz or not; - is standard input")
+    add("-o", "--out", default="counts.npy", help="where the counts go (default: %(default)s)")
+    add("--tokenizer", default="gpt2", help="a checkpoint folder, or a released model (default: %(default)s)")
+    add("--jobs", type=at_least(1), help="threads (default: one a core)")
     args = parser.parse_args()
+    if os.path.exists(args.out) and not os.path.isfile(args.out):
+        parser.error(f"--out {args.out} is not a file: name one")
 
-    if args.jobs is not None and args.jobs < 1:
-        parser.error("--jobs must be at least 1")
-    tokenizer = load_tokenizer(args.tokenizer)
-    # The size of a stream or of what is in a .gz is not known before its end.
-    known = all(path != "-" and not path.endswith(".gz") for path in args.text)
-    total = sum(os.path.getsize(path) for path in args.text if os.path.exists(path)) if known else None
+    try:
+        tokenizer = load_tokenizer(args.tokenizer)
+    except OSError as error:
+        raise ValueError(f"{error}; --tokenizer tiny counts for tiny/") from None
     start, done = time.time(), 0
 
     def progress(size):
         nonlocal done
         done += size
         if sys.stderr.isatty():
-            speed = done / (time.time() - start)
-            left = f", {(total - done) / speed:,.0f} s left" if total else ""
-            print(f"\r{done / 1e6:,.0f} MB, {speed / 1e6:.1f} MB/s{left} \033[K", end="" if done != total else "\n", file=sys.stderr)
+            speed = done / 1e6 / (time.time() - start)
+            print(f"{done / 1e6:,.0f} MB, {speed:.1f} MB/s\033[K", end="\r", file=sys.stderr)
 
     counts = count_tokens(args.text, tokenizer, args.jobs, progress)
     if counts.sum() == 0:
         raise ValueError(f"{', '.join(args.text)}: no text to count")
-    part = Path(args.out + ".part")
+    part = Path(f"{args.out}.{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
             np.save(file, counts)
@@ -205,8 +570,7 @@ def main():
         raise ValueError(f"--out {args.out} cannot be written ({error.strerror})") from None
     finally:
         part.unlink(missing_ok=True)
-    print(describe(counts))
-    print(f"wrote {args.out}")
+    print(f"{describe(counts)}\nwrote {args.out}")
 
 
 if __name__ == "__main__":

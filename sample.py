@@ -1,18 +1,28 @@
 """
 Write text with a model: what train.py left in out/, a checkpoint folder, or a released GPT-2.
 
-    python sample.py --prompt "A function is"             # or --prompt FILE:prompt.txt, or --prompt - for stdin
+    python sample.py --prompt "A function is"             # or --prompt FILE:prompt.txt, or - for standard input
+    python sample.py --counts counts.npy --shift 0.25     # the effect of PDL without training for it
+
+Here is also how train.py judges a model: how well it predicts held-out text, and what the text it writes is like.
 """
+
+import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from count import ArgumentParser, load_tokenizer, read_text, run
-from model import GPT, pick_device
+from count import BANDS, ArgumentParser, at_least, load_counts, load_tokenizer, read_text, run
+from model import GPT, pick_device, sampling_dtype
+
+
+# --- writing ---
 
 
 def write(model, prompts, length, eot, seed, **how):
-    """Continue every prompt, lists of tokens, by length tokens or up to the token eot. how: as in GPT.generate."""
+    """Continue each prompt, a list of tokens, by length tokens or up to the token eot. how: as in GPT.generate."""
     torch.manual_seed(seed)
     samples = [None] * len(prompts)
     for n in sorted({len(prompt) for prompt in prompts}):  # those of one length in one batch
@@ -23,57 +33,210 @@ def write(model, prompts, length, eot, seed, **how):
     return samples
 
 
-def measure_text(samples, held_out, bands, n_vocab):
-    """What is known of text without a judge: samples, lists of tokens, against the held-out targets (N,)."""
+def shift(counts, x):
+    """-x * log(freq(t)), to be added to the logits: (V,) float32. What was never counted is taken as counted once.
+
+    For a given context Eq. 5 is least at q(t) ~ w(t) p(t), which is what this makes of a model of p, untrained. With
+    x = -alpha it takes a model that was trained at alpha back to p.
+    """
+    return -x * torch.from_numpy(np.maximum(counts, 1)).log().float()
+
+
+# --- how well a model predicts ---
+
+
+class Scores(NamedTuple):
+    """Of each token of the vocabulary as a target, (V,) float64: how many there were, the sum of their
+    cross-entropies in nats, and how many of them were the likeliest token."""
+
+    n: torch.Tensor
+    ce: torch.Tensor
+    correct: torch.Tensor
+
+
+@torch.no_grad()
+def evaluate(model, corpus, windows, batch_size, autocast, progress=lambda part: None):
+    """The Scores of a model on windows (W, 2) of a corpus, batch_size at a time. progress: told the part done."""
+    device, was_training = model.lm_head.device, model.training
+    scores = Scores(*torch.zeros(3, len(model.lm_head), dtype=torch.float64))
+    model.eval()
+    for i in range(0, len(windows), batch_size):
+        progress(i / len(windows))
+        x, y = map(torch.from_numpy, corpus.sequences(windows[i : i + batch_size]))
+        with autocast:
+            hidden = model(x.to(device), return_hidden=True)[y.to(device) != -100]
+            for h, t in zip(hidden.split(512), y[y != -100].split(512)):  # all logits at once would not fit
+                logits = F.linear(h, model.lm_head).float()
+                ce = F.cross_entropy(logits, t.to(device), reduction="none").cpu().double()
+                correct = (logits.argmax(-1).cpu() == t).double()
+                for total, of_target in zip(scores, (torch.ones_like(ce), ce, correct)):
+                    total.index_add_(0, t, of_target)
+    model.train(was_training)
+    return scores
+
+
+def summarize(scores, weights, counts, bands, tokenizer):
+    """Means over the targets of Scores, by name: of all, and by frequency band of the target.
+
+    val_ce: plain cross-entropy, nats. val_pdl: Eq. 5 over the sum of the weights, without targets that were never
+    counted (uncounted: their number), since a few of those can weigh more than all others.
+    """
+    n, ce, correct = scores
+    counted, band = torch.from_numpy(counts > 0), torch.from_numpy(bands)
+    w = weights.double() * counted
+    n_bytes = torch.tensor([len(tokenizer.decode_bytes([token])) for token in range(tokenizer.n_vocab)])
+
+    def mean(values, among=slice(None)):
+        return (values[among].sum() / n[among].sum()).item()
+
+    return {
+        "val_ce": mean(ce),
+        "val_pdl": ((w * ce).sum() / (w * n).sum()).item(),
+        "uncounted": int(n[~counted].sum()),
+        "bits_per_byte": (ce.sum() / (n * n_bytes).sum() / math.log(2)).item(),
+        "accuracy": mean(correct),
+        "ce_by_band": {name: mean(ce, band == i) for i, name in enumerate(BANDS)},
+        "accuracy_by_band": {name: mean(correct, band == i) for i, name in enumerate(BANDS)},
+        "share_of_text": {name: (n[band == i].sum() / n.sum()).item() for i, name in enumerate(BANDS)},
+    }
+
+
+# --- what is known of text without a judge ---
+
+
+def ngrams(tokens, n):
+    return list(zip(*(tokens[i:] for i in range(n))))
+
+
+def measure_text(samples, held_out, bands):
+    """Measures of samples, lists of tokens, by name. held_out: (V,), the counts of held-out text."""
     tokens = np.concatenate(samples).astype(np.int64)
-    ngrams = lambda sample, n: list(zip(*(sample[i:] for i in range(n))))
-    pooled = {n: [g for sample in samples for g in ngrams(sample, n)] for n in (1, 2, 3)}
-    # Add-one on the held-out side, so that a token it lacks costs much rather than everything.
-    p, q = np.bincount(tokens, minlength=n_vocab), np.bincount(held_out, minlength=n_vocab) + 1
-    p, q = p[p > 0] / p.sum(), (q / q.sum())[p > 0]
+    pooled = {n: [gram for sample in samples for gram in ngrams(sample, n)] for n in (1, 2, 3)}
     fours = [ngrams(sample, 4) for sample in samples if len(sample) > 3]
+    # Add-one on the held-out side, so that a token it lacks costs much rather than everything.
+    p, q = np.bincount(tokens, minlength=len(held_out)), held_out + 1
+    p, q = p[p > 0] / p.sum(), (q / q.sum())[p > 0]
     return {
         # distinct n-grams among all (Li et al. 2016)
         **{f"distinct_{n}": len(set(grams)) / max(1, len(grams)) for n, grams in pooled.items()},
         # n-grams that the same sample had before, n = 4 (seq-rep-4, Welleck et al. 2020)
         "repeated_4": float(np.mean([1 - len(set(grams)) / len(grams) for grams in fours])) if fours else 0.0,
         "distinct_tokens": len(set(tokens.tolist())),  # (Choi et al. 2020, "uniq")
-        "rare_share": (bands[tokens] == 2).double().mean().item(),
-        "kl": float((p * np.log(p / q)).sum()),  # KL(sampled || held-out) of single tokens, nats (Choi et al. 2020)
+        "rare_share": float((bands[tokens] == 2).mean()),
+        # KL(sampled || held-out) of single tokens, nats (Choi et al. 2020)
+        "kl": float((p * np.log(p / q)).sum()),
     }
+
+
+def judge_text(model, corpus, windows, bands, tokenizer, seed, say):
+    """Let a model write on from held-out openings; measure that, and the real text, by name."""
+    prompts, continuations = zip(*corpus.openings(32))
+    length = min(128, corpus.block_size - max(map(len, prompts)))
+    samples = {}
+    for name, temperature in ("sampled", 1.0), ("greedy", 0.0):
+        say(f"writing on from {len(prompts)} held-out openings, {name} ...")
+        samples[name] = write(model, prompts, length, tokenizer.eot_token, seed, temperature=temperature)
+    samples["the text"] = [tokens[:length] for tokens in continuations]
+    _, y = corpus.sequences(windows)
+    held_out = np.bincount(y[y != -100], minlength=len(bands))
+    first = {"prompt": prompts[0]} | {name: rows[0] for name, rows in samples.items()}
+    return {
+        "n_samples": len(prompts),
+        "text": {name: measure_text(rows, held_out, bands) for name, rows in samples.items()},
+        "first_sample": {name: tokenizer.decode(tokens) for name, tokens in first.items()},
+    }
+
+
+# --- tables ---
+
+
+def table_of_run(report):
+    """What a run did to held-out prediction, by band, and what the text it writes is like."""
+    before, after, alpha = report["before"], report["after"], report["alpha"]
+    lines = ["held-out targets   share of  share of       cross-entropy, nats         top-1 accuracy",
+             "                       text   weight*     before    after    change      before    after"]
+    for name in (*BANDS, "all"):
+        of_text, of_weight = before["share_of_text"].get(name, 1), report["share_of_weight"].get(name, 1)
+        b, a = (result["ce_by_band"].get(name, result["val_ce"]) for result in (before, after))
+        c, d = (result["accuracy_by_band"].get(name, result["accuracy"]) for result in (before, after))
+        lines.append(f"{name:<18}{of_text:9.1%}{of_weight:10.1%}   {b:8.3f}{a:9.3f}{a - b:+10.3f}   {c:9.1%}{d:9.1%}")
+    lines.append(f"bits per byte {before['bits_per_byte']:.3f} before, {after['bits_per_byte']:.3f} after")
+    lines.append(f"* of the weights w(t) in the training text at alpha {alpha:g}; at alpha 0 it is the share of text")
+    text = report["text"]
+    lines.append(f"\n{report['n_samples']} held-out openings, continued".ljust(35) + "".join(f"{n:>10}" for n in text))
+    for key in text["sampled"]:
+        lines.append(f"{key:<34}" + "".join(f"{measured[key]:10.4g}" for measured in text.values()))
+    return "\n".join(lines)
+
+
+def in_words(report):
+    """The table of a run in a sentence."""
+    before, after = report["before"], report["after"]
+    changes = {name: after["ce_by_band"][name] - before["ce_by_band"][name] for name in ("rare", "frequent")}
+    changes["all"] = after["val_ce"] - before["val_ce"]
+    told = (f"{name} tokens {abs(d):.2f} nats {'better' if d < 0 else 'worse'}" for name, d in changes.items())
+    return f"Held-out text is predicted, compared with before training: {', '.join(told)}."
+
+
+def table_of_series(reports):
+    """Runs at several alphas side by side, and the real text's measures."""
+    lines = ["                held-out cross-entropy, nats         top-1            the text it writes",
+             "alpha          all  frequent    middle      rare  accuracy  rare share  distinct-2  repeated-4"]
+    for report in reports:
+        after, text = report["after"], report["text"]["sampled"]
+        ce = [after["val_ce"], *after["ce_by_band"].values()]
+        lines.append(f"{report['alpha']:<8g}" + "".join(f"{x:10.3f}" for x in ce) + f"{after['accuracy']:10.1%}"
+                     + f"{text['rare_share']:12.1%}{text['distinct_2']:12.3f}{text['repeated_4']:12.3f}")
+    text = reports[0]["text"]["the text"]
+    lines.append(f"{'the text':58}{text['rare_share']:12.1%}{text['distinct_2']:12.3f}{text['repeated_4']:12.3f}")
+    return "\n".join(lines)
+
+
+# --- the command line ---
 
 
 def main():
     p = ArgumentParser(description="Sample text from a GPT-2 checkpoint.")
-    add = p.add_argument
-    add("--init_from", default="out", help="a checkpoint folder, or a released model's name (default: %(default)s)")
-    add("--prompt", default="\n", help="text to go on from, FILE:path for a file's text, - for standard input (default: a line end)")
-    add("--num_samples", type=int, default=3, help="drawn side by side (default: %(default)s)")
-    add("--max_new_tokens", type=int, default=200, help="in each (default: %(default)s)")
-    add("--temperature", type=float, default=0.8, help="below 1 safer, above 1 wilder, 0 always the likeliest (default: %(default)s)")
-    add("--top_k", type=int, help="draw among the k likeliest tokens")
-    add("--top_p", type=float, default=0.95, help="draw among the likeliest with this probability together (default: %(default)s)")
-    add("--seed", type=int, default=1337, help="(default: %(default)s)")
-    add("--device", default="auto", help="cuda, mps, cpu (default: the first of them that is there)")
+
+    def flag(name, default, help, type=str, **options):
+        help += "" if default is None else " (default: %(default)s)"
+        p.add_argument(f"--{name}", default=default, help=help, type=type, **options)
+
+    flag("init_from", "out", "a checkpoint folder, or a released model's name")
+    p.add_argument("--prompt", default="\n", help='text to go on from, FILE:path for that of a file, - for standard '
+                   'input, "" for the beginning of a text (default: a line end)')
+    flag("num_samples", 3, "drawn side by side", at_least(1))
+    flag("max_new_tokens", 200, "in each", at_least(1))
+    flag("temperature", 0.8, "below 1 safer, above 1 wilder, 0 always the likeliest", at_least(0, float))
+    flag("top_k", None, "draw among the k likeliest tokens", at_least(1))
+    flag("top_p", 0.95, "draw among the likeliest tokens with this probability together", at_least(0, float))
+    flag("counts", None, "token counts from count.py, for --shift", nargs="+", metavar="FILE[:SCALE]")
+    flag("shift", None, "add -SHIFT * log(max(freq, 1)) to the logits: as PDL does; below 0, against it", float)
+    flag("seed", 1337, "of what is drawn", at_least(0, below=2**63))
+    flag("device", "auto", "cuda, mps, cpu; auto: the first of them that is there")
+    flag("dtype", "auto", "of the weights; auto: bfloat16 where that is faster",
+         choices=["auto", "float32", "bfloat16"])
     args = p.parse_args()
-    if args.num_samples < 1 or args.max_new_tokens < 1 or args.temperature < 0:
-        p.error("--num_samples and --max_new_tokens must be at least 1, --temperature not negative")
-    if (args.top_k is not None and args.top_k < 1) or not 0 < args.top_p <= 1:
-        p.error("--top_k must be at least 1, --top_p above 0 and at most 1")
+    if not 0 < args.top_p <= 1:
+        p.error("--top_p must be above 0 and at most 1")
+    if (args.counts is None) != (args.shift is None) or not math.isfinite(args.shift or 0):
+        p.error("--shift takes a finite number and --counts the counts to shift by: both or neither")
 
     prompt = args.prompt
     if prompt == "-" or prompt.startswith("FILE:"):
         prompt = "".join(read_text(prompt.removeprefix("FILE:")))
-    if not prompt:
-        raise ValueError("the prompt is empty: give at least one character")
-
     device = pick_device(args.device)
     tokenizer = load_tokenizer(args.init_from)
-    model = GPT.from_pretrained(args.init_from).to(device).eval()
-    prompts = [tokenizer.encode_ordinary(prompt)] * args.num_samples
-    how = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p")}
-    for sample in write(model, prompts, args.max_new_tokens, tokenizer.eot_token, args.seed, **how):
-        print(tokenizer.decode(prompts[0] + sample))
+    bias = None
+    if args.counts:
+        bias = shift(load_counts(args.counts, tokenizer.n_vocab), args.shift).to(device)
+    model = GPT.from_pretrained(args.init_from).eval()
+    model.to(device, sampling_dtype(args.dtype, device, args.num_samples))
+    eot = tokenizer.eot_token
+    prompts = [tokenizer.encode_ordinary(prompt) or [eot]] * args.num_samples
+    how = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p")} | {"logit_bias": bias}
+    for sample in write(model, prompts, args.max_new_tokens, eot, args.seed, **how):
+        print(prompt + tokenizer.decode(sample))
         print("-" * 80)
 
 
