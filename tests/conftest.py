@@ -17,9 +17,6 @@ import pytest
 import count
 
 ROOT = Path(__file__).parent.parent
-# A network that nothing answers on, a cache that cannot be, and no more threads than what is tested here needs.
-ENVIRONMENT = {"HF_ENDPOINT": "http://127.0.0.1:9", "TORCH_HOME": str(ROOT / "README.md" / "nowhere"), "OMP_NUM_THREADS": "1",
-               "PYTHONUTF8": "1"}
 SECONDS = 150  # until what hangs is ended
 
 
@@ -31,6 +28,13 @@ def root():
 @pytest.fixture(scope="session")
 def tiny():
     return ROOT / "tiny"
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory):
+    """A network that nothing answers on, a cache with nothing in it, and one thread, which is fastest for so little."""
+    nowhere = str(tmp_path_factory.mktemp("torch_home"))
+    return {"HF_ENDPOINT": "http://127.0.0.1:9", "TORCH_HOME": nowhere, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="session")
@@ -69,22 +73,22 @@ def posix():
         pytest.skip("needs POSIX signals and limits")
 
 
-def default_ctrl_c():
-    # What runs in the background ignores Ctrl-C, and its children with it.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 @pytest.fixture
-def start():
+def start(environment):
     """start(script, *args, cwd=...) starts a process, which ends with the test at the latest."""
     processes, timers = [], []
 
     def start(script, *args, cwd, env={}, before=lambda: None, python=(), **options):
+        def prepare():
+            # What runs in the background ignores Ctrl-C, and its children with it.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            before()
+
         if sys.platform != "win32":
-            options["preexec_fn"] = lambda: (default_ctrl_c(), before())
+            options["preexec_fn"] = prepare
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
         process = subprocess.Popen([sys.executable, *python, str(ROOT / script), *map(str, args)], cwd=cwd, encoding="utf-8",
-                                   env=os.environ | ENVIRONMENT | env, **pipes)
+                                   env=os.environ | environment | env, **pipes)
         processes.append(process)
         timers.append(threading.Timer(SECONDS, process.kill))
         timers[-1].start()
@@ -118,13 +122,13 @@ def run(start):
 
 
 @pytest.fixture
-def run_here(monkeypatch):
+def run_here(monkeypatch, environment):
     """The same as run, in this process: in a fraction of the time, since torch is there already."""
     def run_here(script, *args, cwd, ok=True):
         streams = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2)]
         with monkeypatch.context() as patch:
             patch.chdir(cwd)
-            for name, value in ENVIRONMENT.items():
+            for name, value in environment.items():
                 patch.setenv(name, value)
             patch.setattr(sys, "argv", [str(ROOT / script), *map(str, args)])
             patch.setattr(sys, "stdout", streams[0])
