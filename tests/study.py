@@ -1,20 +1,22 @@
 """
-What PDL does to a model, measured: finetunes tiny/ over alpha, seeds, texts and settings, and prints the tables of the README.
+What PDL does to a model, measured: finetunes tiny/ over alpha, seeds, texts and settings; writes assets/results.md.
 
-    python tests/study.py             # the runs that are not in assets/study.json yet, one process a core; then the tables
-    python tests/study.py --tables    # only prints
+    python tests/study.py             # the runs that assets/study.json has not yet, one process a core; then the tables
+    python tests/study.py --tables    # only the tables
     python tests/study.py --figure    # draws assets/study.svg; needs matplotlib
 
-Each run is a train.py of its own, 200 steps, and what its report.json says is one entry. Both texts come with Python, so
-that everybody has them, in the version of their Python: its language reference, and, for conditional generation,
+Each run is a train.py of its own, 200 steps, and what its report.json says is one entry. Both texts come with Python,
+so that everybody has them, in the version of their Python: its language reference, and, for conditional generation,
 the standard library's functions, the body to be written from the signature and the docstring.
 """
 
 import argparse
 import ast
 import contextlib
+import io
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -29,11 +31,10 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from count import load_tokenizer
+from count import BANDS, frequency_bands, load_tokenizer, open_corpus
 from model import GPT, replace
 from pdl import pdl_weights
-from sample import measure_text
-from train import BANDS, Pairs, Split, evaluate, frequency_bands, load_tokens
+from sample import evaluate, measure_text, shift
 
 RESULTS = ROOT / "assets" / "study.json"
 ALPHAS = 0, 0.25, 0.5, 0.75, 1, 1.5
@@ -48,7 +49,8 @@ def runs():
     for text in TEXTS:
         for alpha in 0, 1:
             for lr in 3e-4, 1e-3, 1e-2:
-                yield f"{text}, alpha {alpha}, learning rate {lr:g}", text, ["--alpha", alpha, "--seed", 1, "--learning_rate", lr]
+                flags = ["--alpha", alpha, "--seed", 1, "--learning_rate", lr]
+                yield f"{text}, alpha {alpha}, learning rate {lr:g}", text, flags
     for seed in SEEDS:
         for text in TEXTS:
             for alpha in ALPHAS:
@@ -84,7 +86,7 @@ def measure(jobs):
     env = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))}
     with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(jobs) as pool:
         pairs = Path(work, "functions.jsonl")
-        pairs.write_text("".join(json.dumps(pair) + "\n" for pair in functions()))
+        pairs.write_text("".join(json.dumps(pair) + "\n" for pair in functions()), encoding="utf-8")
 
         def one(name, text, flags):
             out = Path(work, name)
@@ -92,53 +94,57 @@ def measure(jobs):
             if text == "functions":
                 flags += ["--data", pairs]
             subprocess.run([sys.executable, ROOT / "train.py", *map(str, flags)], env=env, check=True, stdout=subprocess.DEVNULL)
-            report = json.loads((out / "report.json").read_text())
+            report = json.loads((out / "report.json").read_bytes())
             result = {key: report[key] for key in ("before", "after", "text", "share_of_weight", "first_sample")}
-            return name, result | ({"shifted": shifted(out, text, pairs)} if ", alpha 0, seed" in name else {})
+            if ", alpha 0, seed" in name:
+                result["shifted"] = shifted(out, text, pairs)
+            shutil.rmtree(out)
+            return name, result
 
         for text in TEXTS.keys() - results.keys():
             results[text] = without_training(text, pairs)
         for job in as_completed([pool.submit(one, *run) for run in runs() if run[0] not in results]):
             name, result = job.result()
             results[name] = result
-            replace(RESULTS, lambda path: path.write_text(json.dumps(results, indent=1) + "\n"))
+            replace(RESULTS, lambda path: path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8"))
             print(f"{name}: held-out cross-entropy {result['after']['val_ce']:.3f}", flush=True)
 
 
 def load(text, pairs):
     tokenizer = load_tokenizer(ROOT / "tiny")
-    split = Pairs(pairs, tokenizer, 256) if text == "functions" else Split(load_tokens(None, tokenizer, None), 256, text)
-    counts = split.train_counts(tokenizer.n_vocab)
-    return split, counts, frequency_bands(counts)
+    path = pairs if text == "functions" else None
+    corpus = open_corpus(path, tokenizer, 256, pairs.parent / "token_cache")
+    counts = corpus.train_counts(tokenizer.n_vocab)
+    return corpus, counts, frequency_bands(counts)
 
 
 @torch.no_grad()
 def shifted(folder, text, pairs):
-    """Cross-entropies of a plain model that gets log w(t) added to its logits: where Eq. 5 has its minimum, without training for it.
-
-    For a given context, sum_t p(t) w(t) log q(t) is largest at q ~ w p. Never-counted tokens are taken as counted once.
-    """
-    model, (split, counts, bands) = GPT.from_pretrained(folder).eval(), load(text, pairs)
-    x, y = split.sequences(split.val_sample(320))
-    log_w = -torch.from_numpy(np.maximum(counts, 1)).log().float()
+    """Cross-entropies of a plain model that gets log w(t) added to its logits: where Eq. 5 has its minimum, untrained."""
+    model, (corpus, counts, bands) = GPT.from_pretrained(folder).eval(), load(text, pairs)
+    x, y = map(torch.from_numpy, corpus.sequences(corpus.held_out(320)))
     ce = {alpha: [] for alpha in ALPHAS}
     for inputs, targets in zip(x.split(16), y.split(16)):
         logits = model(inputs)[targets != -100]
         for alpha in ALPHAS:
-            ce[alpha].append(F.cross_entropy(logits + alpha * log_w, targets[targets != -100], reduction="none"))
-    ce, band = {alpha: torch.cat(parts) for alpha, parts in ce.items()}, bands[y[y != -100]]
-    return {alpha: {"all": v.mean().item()} | {name: v[band == i].mean().item() for i, name in enumerate(BANDS)} for alpha, v in ce.items()}
+            shifted_logits = logits + shift(counts, alpha)
+            ce[alpha].append(F.cross_entropy(shifted_logits, targets[targets != -100], reduction="none"))
+    ce, band = {alpha: torch.cat(parts) for alpha, parts in ce.items()}, torch.from_numpy(bands)[y[y != -100]]
+    return {alpha: {"all": v.mean().item()} | {name: v[band == i].mean().item() for i, name in enumerate(BANDS)}
+            for alpha, v in ce.items()}
 
 
 def without_training(text, pairs):
-    """What tiny/ and the text itself say: each band's share of the loss before the first step, and the measures of the real text."""
-    model, (split, counts, bands) = GPT.from_pretrained(ROOT / "tiny"), load(text, pairs)
-    starts = split.train_starts(np.linspace(0, split.n_train_starts - 1, 200).astype(int))
-    ce, _, targets = evaluate(model, split, starts, 16, torch.device("cpu"), contextlib.nullcontext())
-    losses = {alpha: pdl_weights(counts, alpha)[targets] * ce for alpha in ALPHAS}
-    of_band = lambda loss: {name: (loss[bands[targets] == i].sum() / loss.sum()).item() for i, name in enumerate(BANDS)}
-    _, held_out = split.sequences(split.val_starts)
-    real = measure_text([tokens[:128] for _, tokens in split.openings(32)], held_out[held_out != -100], bands, len(counts))
+    """Each band's share of the loss before the first step, and the measures of the real text."""
+    model, (corpus, counts, bands) = GPT.from_pretrained(ROOT / "tiny"), load(text, pairs)
+    begins = corpus.train_starts(np.linspace(0, corpus.n_train_starts - 1, 200).astype(int))
+    windows = np.stack((begins, np.minimum(begins + 257, corpus.runs[-1, 1])), axis=1)
+    ce = evaluate(model, corpus, windows, 16, contextlib.nullcontext()).ce
+    losses = {alpha: pdl_weights(counts, alpha) * ce for alpha in ALPHAS}
+    of_band = lambda loss: {name: (loss[bands == i].sum() / loss.sum()).item() for i, name in enumerate(BANDS)}
+    _, held_out = corpus.sequences(corpus.windows)
+    held_out = np.bincount(held_out[held_out != -100], minlength=len(counts))
+    real = measure_text([tokens[:128] for _, tokens in corpus.openings(32)], held_out, bands)
     return {"share_of_loss": {alpha: of_band(loss) for alpha, loss in losses.items()}, "text": real}
 
 
@@ -170,58 +176,57 @@ def of_text(results, text, column):
 
 
 def table(header, rows):
-    print(f"\n| {' | '.join(header)} |\n|{'---|' * len(header)}", *(f"| {' | '.join(map(str, row))} |" for row in rows), sep="\n")
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines) + "\n"
 
 
-def tables(results):
+def results_page(results):
+    """assets/results.md: every table, from assets/study.json alone."""
+    page = ("# What was measured\n\nWritten by `python tests/study.py --tables` from [study.json](study.json); "
+            "README.md says what it means.\n")
     for text, title in TEXTS.items():
-        print(f"\n**{title}**, mean ± standard deviation of {len(SEEDS)} seeds")
+        page += (f"\n## {title[0].upper() + title[1:]}\n\nMean ± standard deviation of {len(SEEDS)} seeds. "
+                 "The first four columns: held-out cross-entropy, nats.\n\n")
         rows = []
         for alpha in ALPHAS:
-            cells = ((of_seeds(results, text, alpha, name), digits) for name, (_, digits) in COLUMNS.items())
-            rows.append([alpha] + [f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}" for values, digits in cells])
+            row = [alpha]
+            for name, (_, digits) in COLUMNS.items():
+                values = of_seeds(results, text, alpha, name)
+                row.append(f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}")
+            rows.append(row)
         real = (f"{of_text(results, text, name):.{COLUMNS[name][1]}f}" if name in MEASURES else "" for name in COLUMNS)
-        rows.append(["the text itself", *real])
-        table(["alpha", *COLUMNS], rows)
-    for text, title in TEXTS.items():
-        print(f"\n**{title}**, PDL and the plain model (alpha 0) with log w(t) added to its logits")
-        pairs = lambda alpha, name: (of_seeds(results, text, alpha, name), of_shifted(results, text, alpha, name))
-        rows = [[alpha] + [f"{statistics.mean(values):.2f}" for name in ("all", "rare") for values in pairs(alpha, name)] for alpha in ALPHAS]
-        table(["alpha", "all: PDL", "plain + log w", "rare: PDL", "plain + log w"], rows)
-    for text, title in TEXTS.items():
-        print(f"\n**{title}**, share of the loss before the first step")
-        table(["alpha", *BANDS], [[alpha, *(f"{share:.1%}" for share in shares.values())] for alpha, shares in results[text]["share_of_loss"].items()])
-    for alpha in 0, 0.5, 1:
-        first = results[f"reference, alpha {alpha}, seed {SEEDS[0]}"]["first_sample"]
-        print(f"\nalpha {alpha}:\n\n```\n[{first['prompt']}]{first['sampled']}\n```")
-    print("\n**One run each**, seed 1")
-    names = [name for name in results if "learning rate" in name or any(name.endswith(", " + setting) for setting in SETTINGS)]
-    table(["", *COLUMNS], [[name] + [f"{column(results[name]):.{digits}f}" for column, digits in COLUMNS.values()] for name in names])
+        page += table(["alpha", *COLUMNS], [*rows, ["the text itself", *real]])
+        page += "PDL, and the plain model (alpha 0) with log w(t) added to its logits:\n\n"
+        rows = []
+        for alpha in ALPHAS:
+            values = [of(results, text, alpha, name) for name in ("all", "rare") for of in (of_seeds, of_shifted)]
+            rows.append([alpha, *(f"{statistics.mean(of_one):.2f}" for of_one in values)])
+        page += table(["alpha", "all: PDL", "plain + log w", "rare: PDL", "plain + log w"], rows)
+        page += "The share of the loss before the first step:\n\n"
+        shares = results[text]["share_of_loss"].items()
+        page += table(["alpha", *BANDS], [[alpha, *(f"{x:.1%}" for x in share.values())] for alpha, share in shares])
+    page += "## One run each, seed 1\n\n"
+    names = [name for name in results if "learning rate" in name or name.endswith(tuple(f", {s}" for s in SETTINGS))]
+    cells = lambda name: (f"{of(results[name]):.{digits}f}" for of, digits in COLUMNS.values())
+    return page + table(["run", *COLUMNS], [[name, *cells(name)] for name in names]).rstrip("\n") + "\n"
 
 
 def figure(results):
+    """assets/study.svg: what alpha does to the prediction of each band, and at what price."""
     import matplotlib.pyplot as plt
 
-    plt.rcParams.update({"svg.hashsalt": "", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    figure, axes = plt.subplots(len(TEXTS), 2, figsize=(9, 6.4), sharex=True)
-    panels = {"held-out cross-entropy, nats": ("frequent", "middle", "rare", "all"), "the text it writes": ("distinct-2", "rare tokens", "repeated-4, greedy")}
-    for row, (text, title) in zip(axes, TEXTS.items()):
-        for ax, (what, columns) in zip(row, panels.items()):
-            ax.set_title(f"{title}: {what}", fontsize=9, loc="left")
-            for name in columns:
-                scale = 0.01 if name == "rare tokens" else 1
-                values = [[scale * value for value in of_seeds(results, text, alpha, name)] for alpha in ALPHAS]
-                line = ax.errorbar(ALPHAS, list(map(statistics.mean, values)), list(map(statistics.stdev, values)), marker="o", markersize=3, capsize=2,
-                                   label=name + ", share" * (name == "rare tokens"), color="black" if name == "all" else None)
-                if name in ("all", "rare"):
-                    ax.plot(ALPHAS, [statistics.mean(of_shifted(results, text, alpha, name)) for alpha in ALPHAS], "--", color=line[0].get_color(), linewidth=1)
-                if name in MEASURES:
-                    ax.axhline(scale * of_text(results, text, name), color=line[0].get_color(), linestyle=":", linewidth=1)
-            ax.legend(frameon=False, fontsize=8, loc="upper left", ncols=1 if "all" in columns else 3)
-            if "all" not in columns:
-                ax.set_ylim(0, 1.15)
-    axes[-1][0].set_xlabel("alpha; dashed: plain finetuning, log w(t) added to the logits")
-    axes[-1][1].set_xlabel("alpha; dotted: the same measure of the real text")
+    plt.rcParams.update({"svg.hashsalt": "", "svg.fonttype": "none", "font.size": 9,
+                         "axes.spines.top": False, "axes.spines.right": False})
+    figure, axes = plt.subplots(1, len(TEXTS), figsize=(9, 3.4), sharex=True)
+    for ax, (text, title) in zip(axes, TEXTS.items()):
+        ax.set_title(title, fontsize=9, loc="left")
+        for name, color in zip(("frequent", "middle", "rare", "all"), ("tab:blue", "tab:orange", "tab:green", "black")):
+            values = [of_seeds(results, text, alpha, name) for alpha in ALPHAS]
+            ax.errorbar(ALPHAS, list(map(statistics.mean, values)), list(map(statistics.stdev, values)), marker="o",
+                        markersize=3, capsize=2, label=f"{name} tokens", color=color)
+        ax.set_xlabel("alpha")
+    axes[0].set_ylabel("held-out cross-entropy, nats")
+    axes[0].legend(frameon=False, fontsize=8, loc="upper left")
     figure.tight_layout()
     replace(RESULTS.with_name("study.svg"), lambda path: figure.savefig(path, format="svg", metadata={"Date": None}))
 
@@ -229,10 +234,14 @@ def figure(results):
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description="Measure what PDL does.")
     p.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side (default: one a core)")
-    p.add_argument("--tables", action="store_true", help="run nothing, print the tables")
+    p.add_argument("--tables", action="store_true", help="run nothing, write assets/results.md")
     p.add_argument("--figure", action="store_true", help="run nothing, draw assets/study.svg")
     args = p.parse_args()
     if not args.tables and not args.figure:
         measure(args.jobs)
-    results = json.loads(RESULTS.read_text())
-    figure(results) if args.figure else tables(results)
+    results = json.loads(RESULTS.read_bytes())
+    if args.figure:
+        figure(results)
+    else:
+        page = results_page(results)
+        replace(RESULTS.with_name("results.md"), lambda path: path.write_text(page, encoding="utf-8"))
