@@ -45,8 +45,8 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def small():
     """Flags of train.py with which a step takes a moment."""
-    return ["--init_from", ROOT / "tiny", "--data", "text.txt", "--dtype", "float32", "--block_size", 32, "--batch_size", 2,
-            "--eval_iters", 2, "--log_interval", 1, "--device", "cpu"]
+    return ["--init_from", ROOT / "tiny", "--data", "text.txt", "--dtype", "float32", "--block_size", 32,
+            "--batch_size", 2, "--eval_iters", 2, "--log_interval", 1, "--device", "cpu"]
 
 
 @pytest.fixture
@@ -62,7 +62,8 @@ def text(tmp_path):
 @pytest.fixture
 def pairs(tmp_path):
     """A folder with pairs.jsonl, 100 questions with an answer each."""
-    rows = [{"prompt": f"Question {i}:", "completion": f" the answer is {i * i}." + " Yes." * (i % 5)} for i in range(100)]
+    rows = ({"prompt": f"Question {i}:", "completion": f" the answer is {i * i}." + " Yes." * (i % 5)}
+            for i in range(100))
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
     return tmp_path
 
@@ -87,8 +88,8 @@ def start(environment):
         if sys.platform != "win32":
             options["preexec_fn"] = prepare
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-        process = subprocess.Popen([sys.executable, *python, str(ROOT / script), *map(str, args)], cwd=cwd, encoding="utf-8",
-                                   env=os.environ | environment | env, **pipes)
+        command = [sys.executable, *python, str(ROOT / script), *map(str, args)]
+        process = subprocess.Popen(command, cwd=cwd, env=os.environ | environment | env, encoding="utf-8", **pipes)
         processes.append(process)
         timers.append(threading.Timer(SECONDS, process.kill))
         timers[-1].start()

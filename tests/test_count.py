@@ -67,7 +67,7 @@ def test_a_tokenizer_saved_by_transformers_5_opens(root):
     assert load_tokenizer(folder).encode_ordinary(golden["text"]) == golden["tokens"]
 
 
-def no_prefix_space(content):
+def prefix_space(content):
     content["pre_tokenizer"]["add_prefix_space"] = True
 
 
@@ -100,7 +100,8 @@ def unknown_merge(content):
     content["model"]["merges"].append(["the", "zyx"])
 
 
-OTHER = [no_prefix_space, word_pieces, normalized, split_otherwise, no_end_of_text, other_order, no_merges, unknown_merge]
+OTHER = [prefix_space, word_pieces, normalized, split_otherwise, no_end_of_text, other_order, no_merges,
+         unknown_merge]
 
 
 @pytest.mark.parametrize("change", OTHER, ids=[change.__name__ for change in OTHER])
@@ -126,8 +127,8 @@ def test_a_damaged_tokenizer_is_refused_in_one_line(tmp_path, content):
 @pytest.mark.parametrize("seed", range(5))
 def test_streamed_in_pieces_as_encoded_whole(tokenizer, tmp_path, monkeypatch, seed):
     rng = random.Random(seed)
-    atoms = ["the", "I'll", "'s", "'", " ", " ", " ", "  ", "\n", "\n\n", "\r\n", "\t", "\u00a0", "\u3000", "\x1c", "\x85",
-             "e\u0301", "\U0001f469\u200d\U0001f680", "12", "x1", ",", "...", "<|endoftext|>", "\ufeff", "\u4e2d\u6587"]
+    atoms = ["the", "I'll", "'s", "'", " ", " ", " ", "  ", "\n", "\n\n", "\r\n", "\t", "\u00a0", "\u3000",
+             "\x1c", "\x85", "e\u0301", "\U0001f469\u200d\U0001f680", "12", "x1", ",", "...", "<|endoftext|>", "\ufeff", "\u4e2d\u6587"]
     texts = ["".join(rng.choices(atoms, k=3000)).lstrip("\ufeff") for _ in range(3)]
     paths = [tmp_path / name for name in ("a.txt", "b.txt.gz", "c.txt")]
     for path, text in zip(paths, texts):
@@ -142,8 +143,8 @@ def test_streamed_in_pieces_as_encoded_whole(tokenizer, tmp_path, monkeypatch, s
     assert len(list(encode(count.read_text(paths[2]), tokenizer))) > 20
 
 
-ATOMS = ["a", "=", "0", "'", "\n", "\u00a0", "ab", "!'", "\u00e9", "\u4e2d\u6587", "\U0001f469\u200d", string.ascii_letters,
-         string.digits, string.punctuation, " \t\n\r"]
+ATOMS = ["a", "=", "0", "'", "\n", "\u00a0", "ab", "!'", "\u00e9", "\u4e2d\u6587", "\U0001f469\u200d",
+         string.ascii_letters, string.digits, string.punctuation, " \t\n\r"]
 
 
 def test_text_without_a_place_to_cut(tokenizer, monkeypatch):
@@ -227,7 +228,8 @@ def test_a_text_that_cannot_be_counted_is_named_in_one_line(run_here, one_line, 
 def test_counts_never_replace_what_is_no_file(run_here, one_line, text, tiny):
     if sys.platform != "win32":
         os.mkfifo(text / "device")
-    one_line(run_here("count.py", "text.txt", "--tokenizer", tiny, "-o", "device", cwd=text, ok=False), "device", status=2)
+    result = run_here("count.py", "text.txt", "--tokenizer", tiny, "-o", "device", cwd=text, ok=False)
+    one_line(result, "device", status=2)
     assert (text / "device").is_fifo()
 
 
@@ -251,8 +253,8 @@ def test_counts_of_few_bits_do_not_overflow(tmp_path):
 
 
 @pytest.mark.parametrize("counts", [
-    np.ones(5), np.ones((2, 2)), np.array([1.0, 2.0, 3.0, np.nan]), np.array([1, 2, 3, np.inf]), np.array([1, -1, 1, 1]),
-    np.zeros(4), np.array(["a"] * 4), np.array([1j] * 4),
+    np.ones(5), np.ones((2, 2)), np.array([1, 2, 3, np.nan]), np.array([1, 2, 3, np.inf]),
+    np.array([1, -1, 1, 1]), np.zeros(4), np.array(["a"] * 4), np.array([1j] * 4),
 ], ids=["length", "2-D", "nan", "inf", "negative", "zeros", "strings", "complex"])
 def test_what_are_no_counts_is_refused_by_name(tmp_path, counts):
     np.save(tmp_path / "a.npy", counts)
