@@ -313,7 +313,8 @@ def checkpoint_folder(name_or_folder):
                 raise OSError(f"{name} is not cached and cannot be downloaded ({_reason(file, error)}): "
                               "connect, or name a checkpoint folder such as tiny") from None
         finally:
-            part.unlink(missing_ok=True)
+            if part.exists():
+                part.unlink()
     return folder
 
 

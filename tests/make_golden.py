@@ -1,6 +1,7 @@
 """
-Makes tests/golden/: folders that Transformers saved, and what its GPT-2 and its tokenizers compute, for the tests
-to hold ours against. Not run by the tests; needs `pip install transformers`, and was run once, with its 5.23.0, by
+Makes tests/golden/: folders that Transformers saved, and what its GPT-2 and its tokenizers compute, for the
+tests to hold ours against. Not run by the tests; needs `pip install transformers`, and was run once, with
+transformers 5.23.0, by
 
     python tests/make_golden.py
 """
@@ -27,8 +28,8 @@ with torch.no_grad():
 
 # White space of all kinds, contractions, marks, digits, an emoji, and <|endoftext|> written out.
 text = ("It's we'll I'VE  two  spaces\t\ttabs\r\nCRLF\r\n\r\n\n\nblank lines   \n   indented\u00a0no-break"
-        "\u3000ideographic e\u0301 na\u00efve \U0001f469\u200d\U0001f680 1234 x1y2 a,b;c... ??!  <|endoftext|> "
-        "'quoted' \x1c\x85 end \n")
+        "\u3000ideographic e\u0301 na\u00efve \U0001f469\u200d\U0001f680 1234 x1y2 a,b;c... ??!  "
+        "<|endoftext|> 'quoted' \x1c\x85 end \n")
 
 
 def save_tokens(tokenizer, folder):
@@ -39,7 +40,7 @@ def save_tokens(tokenizer, folder):
 tiny = Path(__file__).parent.parent / "tiny"
 save_tokens(AutoTokenizer.from_pretrained(tiny), golden)
 
-# A tokenizer as Transformers 5 saves it, without vocab.json and merges.txt: the first tokens of that of tiny/.
+# A tokenizer as Transformers 5 saves it, without vocab.json and merges.txt: the first tokens of tiny's.
 tokens = list(json.loads((tiny / "vocab.json").read_text(encoding="utf-8")))[:399] + ["<|endoftext|>"]
 merges = [tuple(m.split()) for m in (tiny / "merges.txt").read_text(encoding="utf-8").splitlines()[1:144]]
 tokenizer = GPT2Tokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges)
