@@ -3,11 +3,11 @@ Count how often each token of a tokenizer occurs in text: the freq(t) of Power-L
 
     python count.py TEXT [TEXT ...] [-o counts.npy] [--tokenizer gpt2|FOLDER]
 
-Writes an int64 array of shape (n_vocab,). A text is UTF-8, gzipped (.gz) or not; - is standard input. Of pairs
-(.jsonl) the completions count, with an end of text each: what carries loss in training.
+Writes an int64 array of shape (n_vocab,). A text is UTF-8, gzipped (.gz) or not; - is standard input. Of
+pairs (.jsonl) the completions count, with an end of text each: what carries loss in training.
 
 Here is all that is known of text before a model sees it: tokenizer, reading, counts, frequency bands, and the
-Corpus that train.py draws its batches from. It trains no tokenizer, and knows neither the model nor the loss.
+Corpus that train.py draws batches from. It trains no tokenizer, and knows neither model nor loss.
 """
 
 import argparse
@@ -25,6 +25,7 @@ import time
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def load_tokenizer(name_or_folder):
     """The tiktoken.Encoding of a checkpoint folder or of a released model's name, such as "gpt2".
 
     A folder has vocab.json and merges.txt, or tokenizer.json alone, which is what Transformers 5 writes.
-    Raises OSError if they cannot be had, ValueError if they are no byte-level BPE that splits as GPT-2's does.
+    Raises OSError if they cannot be had, ValueError if they are no byte-level BPE that splits as GPT-2's.
     """
     folder = Path(name_or_folder)
     if not any((folder / file).exists() for file in TOKENIZER_FILES):
@@ -56,24 +57,24 @@ def load_tokenizer(name_or_folder):
         if (folder / "vocab.json").exists():
             vocab, special = json.loads((folder / "vocab.json").read_bytes()), {}
             lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-            merges = [line for line in lines if line and not line.startswith("#version")]
+            merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
         else:
             vocab, merges, special = _read_tokenizer_json(folder / "tokenizer.json")
         # A byte is written as the character that it is, where that can be seen, else as one from 256 on.
         seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
         byte_of = dict(zip(map(chr, seen), seen))
         byte_of |= {chr(256 + i): byte for i, byte in enumerate(sorted({*range(256)} - {*seen}))}
-        merged = ["".join(pair.split(" ") if isinstance(pair, str) else pair) for pair in merges]
-        ranks = {bytes(byte_of[c] for c in token): vocab[token] for token in (*byte_of, *merged)}
-        if [vocab[token] for token in merged] != sorted(vocab[token] for token in merged):
+        merged = ["".join(pair) for pair in merges]
+        if any(vocab[a] > vocab[b] for a, b in zip(merged, merged[1:])):
             raise ValueError("its ids are not in the order of its merges")  # in which tiktoken merges
+        ranks = {bytes(byte_of[c] for c in token): vocab[token] for token in (*byte_of, *merged)}
         ordinary = set(ranks.values())
         special |= {token: i for token, i in vocab.items() if i not in ordinary}
         if END_OF_TEXT not in special:
             raise ValueError(f"it has no {END_OF_TEXT}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise ValueError(f"{folder} holds no GPT-2 tokenizer, the only kind that is known here: {reason}") from None
+        raise ValueError(f"{folder} holds no GPT-2 tokenizer, the only kind known here: {reason}") from None
     name = hashlib.sha256(repr((ranks, special)).encode()).hexdigest()  # the same only for the same tokenizer
     return tiktoken.Encoding(name, pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
 
@@ -81,12 +82,12 @@ def load_tokenizer(name_or_folder):
 def _read_tokenizer_json(path):
     """vocab, merges and special tokens from the one file of Transformers' tokenizers."""
     content = json.loads(path.read_bytes())
-    model, splitter = content["model"], content.get("pre_tokenizer") or {}
+    model, splitter = content["model"], content["pre_tokenizer"] or {}
     how = splitter.get("type"), splitter.get("add_prefix_space"), splitter.get("use_regex", True)
     if model.get("type", "BPE") != "BPE" or content.get("normalizer") or how != ("ByteLevel", False, True):
         raise ValueError(f"{path.name} has another model, normalizer or pre_tokenizer")
-    special = {token["content"]: token["id"] for token in content["added_tokens"]}
-    return model["vocab"], model["merges"], special
+    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    return model["vocab"], merges, {token["content"]: token["id"] for token in content["added_tokens"]}
 
 
 # --- reading ---
@@ -101,7 +102,7 @@ def format_of(path):
 
 
 def read_text(path):
-    """Yield the text of a UTF-8 file ("-": standard input, .gz: gzipped) as it is read, line ends as they are."""
+    """Yield the text of a UTF-8 file ("-": standard input, .gz: gzipped) as it is read, line ends kept."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()  # a byte order mark is no text
     done = 0
     try:
@@ -125,7 +126,7 @@ def read_text(path):
 def encode(texts, tokenizer, jobs=None):
     """Tokenize a stream of strings: yields (bytes, uint32 array), exactly the tokens of the strings joined.
 
-    Special tokens written in the text are the plain characters they are. jobs: threads; by default one per core.
+    Special tokens written in the text are the plain characters they are. jobs: threads; one a core if None.
     """
     jobs = jobs or os.cpu_count() or 1
     with ThreadPoolExecutor(jobs) as pool:  # tiktoken works without Python's lock
@@ -140,9 +141,9 @@ def encode(texts, tokenizer, jobs=None):
             yield size, tokens.result()
 
 
-# Where GPT-2's pattern ends a match whatever comes before and after: it looks back at nothing, no alternative goes
-# on from another character into white space, and a run of letters or of digits ends where the run ends. (Behind an
-# apostrophe, which may start a contraction, nothing is cut.) Python's \s is wider than the pattern's: hence the set.
+# Where GPT-2's pattern ends a match whatever comes before and after: it looks back at nothing, no alternative
+# goes on from another character into white space, and a run of letters or of digits ends where the run ends.
+# (Behind an apostrophe, which may start a contraction, nothing is cut.) Python's \s is wider: hence the set.
 BOUNDARY = re.compile(r"(?<=\S)(?=[ \t\n\r])|(?<=[A-Za-z0-9])(?=[!-/:-@\[-`{-~])"
                       r"|(?<=[A-Za-z])(?=[0-9])|(?<=[0-9])(?=[A-Za-z])")
 
@@ -171,8 +172,8 @@ def _last_boundary(text, start):
 def _between_tokens(text, tokenizer):
     """Where to cut text without a BOUNDARY: between two of its tokens.
 
-    No merge crossed that place, so either side alone goes through the same merges. It is far enough from the end
-    that what comes after changes nothing there, and no contraction is near, which could begin or end differently.
+    No merge crossed that place, so either side alone goes through the same merges. It is far enough from the
+    end that what comes after changes nothing, and no contraction is near, which could end differently.
     """
     tokens = tokenizer.encode_ordinary(text)
     for k in range(len(tokens) * 3 // 4, 0, -1):
@@ -183,35 +184,35 @@ def _between_tokens(text, tokenizer):
 
 
 def encode_pairs(path, tokenizer):
-    """Tokenize pairs, {"prompt": "...", "completion": "..."} a line: yields (characters, prompt, completion).
+    """Tokenize {"prompt": "...", "completion": "..."} a line: yields (characters, prompt, completion).
 
-    The latter two are lists of tokens. An end of text ends each completion, and stands for an empty prompt, since
-    a target needs something before it.
+    The latter two are lists of tokens. An end of text ends each completion, and stands for an empty prompt,
+    as a target needs something before it.
     """
-    lines = enumerate(_lines(path), 1)
+    lines = enumerate(_lines(read_text(path)), 1)
     while batch := list(islice(lines, 1000)):
-        pairs = [(len(line), *_parse_pair(path, number, line)) for number, line in batch if line.strip()]
-        texts = [text for _, *pair in pairs for text in pair]
+        batch = [(number, line) for number, line in batch if line.strip()]
+        texts = [text for number, line in batch for text in _prompt_and_completion(path, number, line)]
         tokens = iter(tokenizer.encode_ordinary_batch(texts))
-        for size, prompt, completion in zip((size for size, *_ in pairs), tokens, tokens):
-            yield size, prompt or [tokenizer.eot_token], completion + [tokenizer.eot_token]
+        for (_, line), prompt, completion in zip(batch, tokens, tokens):
+            yield len(line), prompt or [tokenizer.eot_token], completion + [tokenizer.eot_token]
 
 
-def _lines(path):
+def _lines(texts):
     rest = ""
-    for text in read_text(path):
+    for text in texts:
         *lines, rest = (rest + text).split("\n")
         yield from lines
     yield rest
 
 
-def _parse_pair(path, number, line):
+def _prompt_and_completion(path, number, line):
     try:
         pair = json.loads(line)
-        prompt, completion = pair["prompt"], pair["completion"]
-        if isinstance(prompt, str) and isinstance(completion, str):
-            return prompt, completion
-        reason = "both are strings"
+        texts = pair["prompt"], pair["completion"]
+        if all(isinstance(text, str) for text in texts):
+            return texts
+        reason = "they are strings"
     except (ValueError, TypeError, KeyError) as error:
         reason = f"{type(error).__name__} {error}"
     raise ValueError(f'{path} line {number} is not {{"prompt": "...", "completion": "..."}}: {reason}')
@@ -223,7 +224,7 @@ def _parse_pair(path, number, line):
 def open_corpus(path, tokenizer, block_size, cache):
     """The Corpus of a text or of pairs, or, without a path, of the reference that Python's own help() shows.
 
-    It is tokenized once, into a folder of its own in the folder cache, and found there again as long as file and
+    It is tokenized once, into a folder of its own in the folder cache, and found there as long as file and
     tokenizer are the same. Raises ValueError for what cannot be read, or is too little to hold a tenth out.
     """
     if path is None:
@@ -276,10 +277,10 @@ def _written_whole(folder):
 
 
 def _write_pairs(folder, path, tokenizer, block_size, dtype):
-    """Tokens, which of them carry loss, and where each pair begins: first the pairs to train on, then the others.
+    """Tokens, which of them carry loss, where each pair begins: first the pairs to train on, then the rest.
 
-    Every tenth prompt is held out with all its completions, so that none is known from training. A pair that is
-    longer than a sequence loses the beginning of its prompt first, so that the completion keeps its targets.
+    Every tenth prompt is held out with all its completions, so that none is known from training. A pair that
+    is longer than a sequence loses the start of its prompt first, so that the completion keeps its targets.
     """
     counted = {"n_train": 0, "n_held_out": 0, "n_cut_prompts": 0, "n_cut_completions": 0}
     held_out, lengths, prompts = (bytearray(), bytearray()), ([], []), {}
@@ -306,20 +307,23 @@ def _write_pairs(folder, path, tokenizer, block_size, dtype):
     (folder / "counted.json").write_text(json.dumps(counted), encoding="utf-8")
 
 
+@dataclass
 class Corpus:
     """Text or pairs, split: what train.py draws its batches from, and what it measures itself on.
 
-    tokens: (N,), memory-mapped. carries_loss: (N,) bool, or None: all do, as in text. runs: (R, 2), the stretches
-    [begin, end) to train on. A training sequence begins at one of spans[i] tokens from starts[i] on. windows: (W, 2),
-    the stretches to be measured on; each held-out target is in one of them, once.
+    tokens: (N,), memory-mapped. carries_loss: (N,) bool, or None: all do, as in text. runs: (R, 2), the
+    stretches [begin, end) to train on. A training sequence begins at one of spans[i] tokens from starts[i].
+    windows: (W, 2), the stretches to be measured on; each held-out target is in one of them, once.
     """
 
-    def __init__(self, tokens, carries_loss, block_size, runs, starts, spans, windows, description):
-        self.tokens, self.carries_loss, self.block_size = tokens, carries_loss, block_size
-        self.description = description
-        self.runs, self.starts, self.windows = runs, starts, windows
-        self.before = np.cumsum(spans) - spans  # training sequences that begin before starts[i]
-        self.n_train_starts = int(spans.sum())
+    description: str
+    block_size: int
+    tokens: np.ndarray
+    carries_loss: np.ndarray | None
+    runs: np.ndarray
+    starts: np.ndarray
+    spans: np.ndarray
+    windows: np.ndarray
 
     @classmethod
     def of_text(cls, name, tokens, block_size):
@@ -329,8 +333,8 @@ class Corpus:
         """
         n, B = len(tokens), block_size
         if n < 10 * (B + 1):
-            raise ValueError(f"{name} has {n:,} tokens; --block_size {B} needs at least {10 * (B + 1):,} to hold "
-                             "a tenth out: lower it, or give more text")
+            raise ValueError(f"{name} has {n:,} tokens; to hold a tenth out, --block_size {B} needs "
+                             f"{10 * (B + 1):,}: lower it, or give more text")
         per_stretch = min(4, max(1, n // 80 // B))
         stretch = per_stretch * B + 1
         starts = np.arange(0, n, 10 * stretch)
@@ -339,7 +343,7 @@ class Corpus:
         windows = (held_out[:, None] + np.arange(per_stretch) * B).reshape(-1, 1) + [0, B + 1]
         lengths = runs[:, 1] - runs[:, 0]
         description = f"{name}: {n:,} tokens: {lengths.sum():,} to train on, {len(windows) * B:,} held out"
-        return cls(tokens, None, B, runs, starts, np.maximum(lengths - B, 0), windows, description)
+        return cls(description, B, tokens, None, runs, starts, np.maximum(lengths - B, 0), windows)
 
     @classmethod
     def of_pairs(cls, name, tokens, carries_loss, begins, block_size, n_train, n_held_out, n_cut_prompts,
@@ -351,22 +355,26 @@ class Corpus:
                 windows.append([begin, end])
             windows[-1][1] = end
         targets = int(carries_loss[begins[n_train] :].sum())
-        description = (f"{name}: {n_train + n_held_out:,} pairs: {n_train:,} to train on, {n_held_out:,} held out, "
-                       f"{targets:,} tokens to be predicted")
+        description = (f"{name}: {n_train + n_held_out:,} pairs: {n_train:,} to train on, {n_held_out:,} "
+                       f"held out with {targets:,} tokens to predict")
         if n_cut_prompts:
-            description += f"; {n_cut_prompts:,} longer than --block_size {block_size} lose the start of the prompt"
-        if n_cut_completions:
-            description += f", {n_cut_completions:,} of them the end of the completion, too"
-        runs, spans = np.array([[0, begins[n_train]]]), np.ones(n_train, np.int64)
-        return cls(tokens, carries_loss, block_size, runs, begins[:n_train], spans, np.array(windows), description)
+            description += (f"; {n_cut_prompts:,} longer than --block_size {block_size} lose the start of "
+                            f"their prompt, {n_cut_completions:,} the end of their completion")
+        runs, starts, spans = np.array([[0, begins[n_train]]]), begins[:n_train], np.ones(n_train, np.int64)
+        return cls(description, block_size, tokens, carries_loss, runs, starts, spans, np.array(windows))
+
+    @property
+    def n_train_starts(self):
+        return int(self.spans.sum())
 
     def train_starts(self, u):
         """The first token of training sequence number u of n_train_starts."""
-        span = np.searchsorted(self.before, u, side="right") - 1
-        return self.starts[span] + u - self.before[span]
+        before = np.cumsum(self.spans) - self.spans
+        span = np.searchsorted(before, u, side="right") - 1
+        return self.starts[span] + u - before[span]
 
     def batch(self, rng, n):
-        """n training sequences drawn with rng, a numpy Generator: inputs and targets as sequences returns them."""
+        """n training sequences drawn with rng, a numpy Generator: inputs and targets, as of sequences."""
         begins = self.train_starts(rng.integers(self.n_train_starts, size=n))
         ends = np.minimum(begins + self.block_size + 1, self.runs[-1, 1])
         return self.sequences(np.stack((begins, ends), axis=1))
@@ -403,7 +411,7 @@ class Corpus:
         completion_of = {}  # of several completions of a prompt, the first
         for begin, end in self.windows:
             tokens, carries_loss = self.tokens[begin:end].tolist(), self.carries_loss[begin:end].view(np.int8)
-            changes = np.flatnonzero(np.diff(carries_loss, prepend=1, append=0)).tolist()  # a prompt begins, ends
+            changes = np.flatnonzero(np.diff(carries_loss, prepend=1, append=0)).tolist()
             for prompt, completion, after in zip(changes[::2], changes[1::2], changes[2::2]):
                 key = tuple(tokens[prompt:completion][-B // 2 :])
                 completion_of.setdefault(key, tokens[completion : after - 1])  # without its end of text
@@ -444,42 +452,35 @@ def load_counts(files, n_vocab):
 
     Raises ValueError for what is not n_vocab finite numbers that are not negative; pickles are never loaded.
     """
-    return sum(scale * _load_counts(path, n_vocab) for path, scale in map(_split_scale, files))
-
-
-def _split_scale(file):
-    path, _, scale = file.rpartition(":")
-    with contextlib.suppress(ValueError):
-        if path and not os.path.exists(file) and 0 < float(scale) < float("inf"):
-            return path, float(scale)
-    return file, 1
-
-
-def _load_counts(path, n_vocab):
-    write = "write it with count.py"
-    try:
-        counts = np.load(path, allow_pickle=False)
-    except OSError as error:
-        raise ValueError(f"--counts {path} cannot be read ({error.strerror}): {write}") from None
-    except (ValueError, EOFError):
-        raise ValueError(f"--counts {path} is not an array of numbers: {write}") from None
-    if not isinstance(counts, np.ndarray) or counts.ndim != 1 or counts.dtype.kind not in "iuf":
-        raise ValueError(f"--counts {path} is not a 1-D array of numbers: {write}")
-    if len(counts) != n_vocab:
-        whose = {50257: "GPT-2's", 4096: "tiny/'s"}.get(len(counts), "another")
-        raise ValueError(f"--counts {path} has {len(counts):,} entries, as of {whose} tokenizer, but the model's "
-                         f"has {n_vocab:,}: count again with count.py --tokenizer")
-    if not (np.isfinite(counts) & (counts >= 0)).all() or not counts.any():
-        raise ValueError(f"--counts {path} must hold finite numbers, none of them negative and not all 0: {write}")
-    return counts
+    total = np.zeros(n_vocab, np.int64)
+    for file in files:
+        path, scale = file, 1
+        if scaled := re.fullmatch(r"(.+):([0-9.eE+-]+)", file):
+            with contextlib.suppress(ValueError):
+                path, scale = scaled[1], float(scaled[2])
+        try:
+            counts = np.load(path, allow_pickle=False)
+        except OSError as error:
+            raise ValueError(f"--counts {path} cannot be read ({error.strerror}): see count.py") from None
+        except (ValueError, EOFError):
+            counts = None  # a pickle, or nothing of numpy's
+        if not isinstance(counts, np.ndarray) or counts.ndim != 1 or counts.dtype.kind not in "iuf":
+            raise ValueError(f"--counts {path} is not a 1-D array of numbers: count.py writes it")
+        if len(counts) != n_vocab:
+            whose = {50257: "GPT-2's", 4096: "tiny/'s"}.get(len(counts), "another")
+            raise ValueError(f"--counts {path} has {len(counts):,} entries, as of {whose} tokenizer, but the "
+                             f"model's has {n_vocab:,}: count again with count.py --tokenizer")
+        if not (np.isfinite(counts) & (counts >= 0)).all() or not counts.any():
+            raise ValueError(f"--counts {path} must hold finite numbers, none of them negative and not all 0")
+        total = total + scale * counts
+    return total
 
 
 BANDS = "frequent", "middle", "rare"
 
 
 def frequency_bands(counts):
-    """Which of the BANDS each token is in, (V,) int64: the most frequent tokens make up half of the text, the rarest
-    its last tenth."""
+    """(V,) int64, indices of BANDS: frequent tokens make up half of the text, rare ones its last tenth."""
     order = np.argsort(-counts, kind="stable")
     before = np.cumsum(counts[order]) - counts[order]
     band = np.empty(len(counts), np.int64)
@@ -490,8 +491,7 @@ def frequency_bands(counts):
 
 def describe(counts):
     """What a person learns from the counts, in two lines."""
-    total, seen = counts.sum(), np.count_nonzero(counts)
-    top = np.sort(counts)[::-1][:100].sum()
+    total, seen, top = counts.sum(), np.count_nonzero(counts), np.sort(counts)[-100:].sum()
     return (f"{total:,} tokens, {seen:,} distinct; the 100 most frequent are {top / total:.1%} of the text\n"
             f"{len(counts) - seen:,} of the {len(counts):,} in the vocabulary were never seen")
 

@@ -1,10 +1,10 @@
 """
 Write text with a model: what train.py left in out/, a checkpoint folder, or a released GPT-2.
 
-    python sample.py --prompt "A function is"             # or --prompt FILE:prompt.txt, or - for standard input
-    python sample.py --counts counts.npy --shift 0.25     # the effect of PDL without training for it
+    python sample.py --prompt "A function is"           # or --prompt FILE:prompt.txt, or - for standard input
+    python sample.py --counts counts.npy --shift 0.25   # the effect of PDL without training for it
 
-Here is also how train.py judges a model: how well it predicts held-out text, and what the text it writes is like.
+Here is also how train.py judges a model: how well it predicts held-out text, and what it writes.
 """
 
 import math
@@ -22,7 +22,7 @@ from model import GPT, pick_device, sampling_dtype
 
 
 def write(model, prompts, length, eot, seed, **how):
-    """Continue each prompt, a list of tokens, by length tokens or up to the token eot. how: as in GPT.generate."""
+    """Continue each prompt, a list of tokens, by length tokens or up to eot. how: as in GPT.generate."""
     torch.manual_seed(seed)
     samples = [None] * len(prompts)
     for n in sorted({len(prompt) for prompt in prompts}):  # those of one length in one batch
@@ -34,10 +34,10 @@ def write(model, prompts, length, eot, seed, **how):
 
 
 def shift(counts, x):
-    """-x * log(freq(t)), to be added to the logits: (V,) float32. What was never counted is taken as counted once.
+    """-x * log(freq(t)), to be added to the logits: (V,) float32. Tokens never counted count as seen once.
 
-    For a given context Eq. 5 is least at q(t) ~ w(t) p(t), which is what this makes of a model of p, untrained. With
-    x = -alpha it takes a model that was trained at alpha back to p.
+    For a given context Eq. 5 is least at q(t) ~ w(t) p(t), which is what this makes of a model of p without
+    training. With x = -alpha it takes a model that was trained at alpha back to p.
     """
     return -x * torch.from_numpy(np.maximum(counts, 1)).log().float()
 
@@ -56,7 +56,7 @@ class Scores(NamedTuple):
 
 @torch.no_grad()
 def evaluate(model, corpus, windows, batch_size, autocast, progress=lambda part: None):
-    """The Scores of a model on windows (W, 2) of a corpus, batch_size at a time. progress: told the part done."""
+    """The Scores of a model on windows (W, 2) of a corpus, batch_size at a time; progress is told."""
     device, was_training = model.lm_head.device, model.training
     scores = Scores(*torch.zeros(3, len(model.lm_head), dtype=torch.float64))
     model.eval()
@@ -78,8 +78,8 @@ def evaluate(model, corpus, windows, batch_size, autocast, progress=lambda part:
 def summarize(scores, weights, counts, bands, tokenizer):
     """Means over the targets of Scores, by name: of all, and by frequency band of the target.
 
-    val_ce: plain cross-entropy, nats. val_pdl: Eq. 5 over the sum of the weights, without targets that were never
-    counted (uncounted: their number), since a few of those can weigh more than all others.
+    val_ce: plain cross-entropy, nats. val_pdl: Eq. 5 over the sum of the weights, without targets that were
+    never counted (uncounted: their number), since a few of those can weigh more than all others.
     """
     n, ce, correct = scores
     counted, band = torch.from_numpy(counts > 0), torch.from_numpy(bands)
@@ -156,14 +156,16 @@ def table_of_run(report):
     lines = ["held-out targets   share of  share of       cross-entropy, nats         top-1 accuracy",
              "                       text   weight*     before    after    change      before    after"]
     for name in (*BANDS, "all"):
-        of_text, of_weight = before["share_of_text"].get(name, 1), report["share_of_weight"].get(name, 1)
+        shares = before["share_of_text"].get(name, 1), report["share_of_weight"].get(name, 1)
         b, a = (result["ce_by_band"].get(name, result["val_ce"]) for result in (before, after))
         c, d = (result["accuracy_by_band"].get(name, result["accuracy"]) for result in (before, after))
-        lines.append(f"{name:<18}{of_text:9.1%}{of_weight:10.1%}   {b:8.3f}{a:9.3f}{a - b:+10.3f}   {c:9.1%}{d:9.1%}")
+        ce = f"{b:8.3f}{a:9.3f}{a - b:+10.3f}"
+        lines.append(f"{name:<18}{shares[0]:9.1%}{shares[1]:10.1%}   {ce}   {c:9.1%}{d:9.1%}")
     lines.append(f"bits per byte {before['bits_per_byte']:.3f} before, {after['bits_per_byte']:.3f} after")
-    lines.append(f"* of the weights w(t) in the training text at alpha {alpha:g}; at alpha 0 it is the share of text")
+    lines.append(f"* of the weights w(t) in the training text at alpha {alpha:g}; at alpha 0, of the text")
     text = report["text"]
-    lines.append(f"\n{report['n_samples']} held-out openings, continued".ljust(35) + "".join(f"{n:>10}" for n in text))
+    title = f"{report['n_samples']} held-out openings, continued"
+    lines.append(f"\n{title:<34}" + "".join(f"{name:>10}" for name in text))
     for key in text["sampled"]:
         lines.append(f"{key:<34}" + "".join(f"{measured[key]:10.4g}" for measured in text.values()))
     return "\n".join(lines)
@@ -172,23 +174,26 @@ def table_of_run(report):
 def in_words(report):
     """The table of a run in a sentence."""
     before, after = report["before"], report["after"]
-    changes = {name: after["ce_by_band"][name] - before["ce_by_band"][name] for name in ("rare", "frequent")}
-    changes["all"] = after["val_ce"] - before["val_ce"]
-    told = (f"{name} tokens {abs(d):.2f} nats {'better' if d < 0 else 'worse'}" for name, d in changes.items())
+    change = {name: after["ce_by_band"][name] - before["ce_by_band"][name] for name in ("rare", "frequent")}
+    change["all"] = after["val_ce"] - before["val_ce"]
+    told = (f"{name} tokens {abs(d):.2f} nats {'better' if d < 0 else 'worse'}" for name, d in change.items())
     return f"Held-out text is predicted, compared with before training: {', '.join(told)}."
 
 
 def table_of_series(reports):
     """Runs at several alphas side by side, and the real text's measures."""
-    lines = ["                held-out cross-entropy, nats         top-1            the text it writes",
+
+    def of_text(measured):
+        return f"{measured['rare_share']:12.1%}{measured['distinct_2']:12.3f}{measured['repeated_4']:12.3f}"
+
+    lines = ["               held-out cross-entropy, nats          top-1           the text it writes",
              "alpha          all  frequent    middle      rare  accuracy  rare share  distinct-2  repeated-4"]
     for report in reports:
         after, text = report["after"], report["text"]["sampled"]
         ce = [after["val_ce"], *after["ce_by_band"].values()]
-        lines.append(f"{report['alpha']:<8g}" + "".join(f"{x:10.3f}" for x in ce) + f"{after['accuracy']:10.1%}"
-                     + f"{text['rare_share']:12.1%}{text['distinct_2']:12.3f}{text['repeated_4']:12.3f}")
-    text = reports[0]["text"]["the text"]
-    lines.append(f"{'the text':58}{text['rare_share']:12.1%}{text['distinct_2']:12.3f}{text['repeated_4']:12.3f}")
+        lines.append(f"{report['alpha']:<8g}" + "".join(f"{x:10.3f}" for x in ce)
+                     + f"{after['accuracy']:10.1%}" + of_text(text))
+    lines.append(f"{'the text':58}" + of_text(reports[0]["text"]["the text"]))
     return "\n".join(lines)
 
 
@@ -203,15 +208,15 @@ def main():
         p.add_argument(f"--{name}", default=default, help=help, type=type, **options)
 
     flag("init_from", "out", "a checkpoint folder, or a released model's name")
-    p.add_argument("--prompt", default="\n", help='text to go on from, FILE:path for that of a file, - for standard '
-                   'input, "" for the beginning of a text (default: a line end)')
+    p.add_argument("--prompt", default="\n", help='text to go on from, FILE:path for that of a file, - for '
+                   'standard input, "" for the beginning of a text (default: a line end)')
     flag("num_samples", 3, "drawn side by side", at_least(1))
     flag("max_new_tokens", 200, "in each", at_least(1))
     flag("temperature", 0.8, "below 1 safer, above 1 wilder, 0 always the likeliest", at_least(0, float))
     flag("top_k", None, "draw among the k likeliest tokens", at_least(1))
     flag("top_p", 0.95, "draw among the likeliest tokens with this probability together", at_least(0, float))
     flag("counts", None, "token counts from count.py, for --shift", nargs="+", metavar="FILE[:SCALE]")
-    flag("shift", None, "add -SHIFT * log(max(freq, 1)) to the logits: as PDL does; below 0, against it", float)
+    flag("shift", None, "add -SHIFT * log(max(freq, 1)) to the logits: like PDL; below 0: against it", float)
     flag("seed", 1337, "of what is drawn", at_least(0, below=2**63))
     flag("device", "auto", "cuda, mps, cpu; auto: the first of them that is there")
     flag("dtype", "auto", "of the weights; auto: bfloat16 where that is faster",

@@ -5,7 +5,7 @@ Finetune GPT-2 with Power-Law Decay Loss.
     python train.py --alpha 0 0.25 0.5 --data my.txt      # a run each, and a table that has them side by side
     torchrun --standalone --nproc_per_node=2 train.py     # the same batches, on two devices
 
-The best weights by held-out cross-entropy go to out/, a Hugging Face GPT-2 folder, with log.jsonl and report.json.
+The best weights by held-out cross-entropy go to out/, a Hugging Face folder, with log.jsonl and report.json.
 Batches and counts come from count.py, the loss from pdl.py, the model from model.py; sample.py judges it.
 """
 
@@ -68,7 +68,7 @@ def main():
 
 
 def finetune(args, alpha, folder, source, machine):
-    """One run, from the weights in source, or from where it was stopped, to its report; None if stopped again."""
+    """One run, from the weights in source, or from where it was stopped, to its report, or None."""
     resuming = is_run(folder)
     torch.manual_seed(args.seed)
     model, tokenizer = load_model(args, folder if resuming else source, machine)
@@ -122,7 +122,7 @@ def load_model(args, folder, machine):
         model = GPT.from_pretrained(folder)
     vocab_size, window = model.config.vocab_size, model.config.n_positions
     if vocab_size != tokenizer.n_vocab:
-        raise ValueError(f"{folder}: config.json has {vocab_size:,} tokens, the tokenizer {tokenizer.n_vocab:,}")
+        raise ValueError(f"{folder}: config.json has {vocab_size:,} tokens, its tokenizer not")
     if args.block_size > window:
         raise ValueError(f"--block_size {args.block_size} is beyond the model's context window of {window}")
     model.set_dropout(args.dropout)
@@ -227,7 +227,7 @@ def claim(folder, resume):
     folder.mkdir(parents=True, exist_ok=True)
     for path in (folder, *folder.glob("alpha-*")):
         if (is_run(path) or (path / "config.json").exists()) and not resume:
-            raise ValueError(f"{path}/ holds a run or a model: go on with --resume, or name another --out_dir")
+            raise ValueError(f"{path}/ holds a run or a model: --resume it, or name another --out_dir")
     file = open(folder / ".lock", "w", encoding="utf-8")
     try:
         if sys.platform == "win32":
@@ -250,10 +250,10 @@ def write_json(path, content):
 def verdict(report, folder):
     """Which weights were kept, and by what criterion."""
     before, after = report["before"]["val_ce"], report["after"]["val_ce"]
-    kept = f"{folder}/ has the weights of step {report['after']['iter']}, best by plain cross-entropy on all held-out text"
+    kept = f"{folder}/ has the weights of step {report['after']['iter']}, best by plain cross-entropy"
     if after < before:
         return kept
-    return f"{kept}; but no step was better than before training ({before:.3f}): try a lower --learning_rate or --alpha"
+    return f"{kept}; but it was better before training ({before:.3f}): try a lower --learning_rate or --alpha"
 
 
 class Run:
@@ -288,8 +288,8 @@ class Run:
         state = load_state(self.folder / "resume.pt")
         for name, digest in self.same.items():
             if state["same"][name] != digest:
-                raise ValueError(f"--resume: the {name} are not those of the run in {self.folder}/: give it what it "
-                                 "had, or start a run in another --out_dir")
+                raise ValueError(f"--resume: the {name} are not those of the run in {self.folder}/: give "
+                                 "what it had, or start a run in another --out_dir")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.best, self.before, self.after = map(state.get, ("step", "best", "before", "after"))
@@ -313,22 +313,25 @@ class Run:
         mass = self.corpus.train_counts(len(self.weights)) * self.weights.double().numpy()
         share = {name: mass[self.bands == i].sum() / mass.sum() for i, name in enumerate(count.BANDS)}
         self.share_of_weight = share
-        say(f"model: {Path(source).name}, {size:.1f}M parameters, on {machine.world_size} x {machine.device.type}, "
-            f"{str(machine.dtype).removeprefix('torch.')}")
+        dtype = str(machine.dtype).removeprefix("torch.")
+        processes = f", {machine.world_size} processes" if machine.world_size > 1 else ""
+        say(f"model: {Path(source).name}, {size:.1f}M parameters, {machine.device.type}, {dtype}{processes}")
         say(f"data:  {self.corpus.description}")
-        say(f"loss:  PDL, alpha {self.alpha:g}, eps {args.eps:g}; frequent tokens, half of the text, have "
+        say(f"loss:  PDL, alpha {self.alpha:g}, eps {args.eps:g}: frequent tokens, half of the text, have "
             f"{share['frequent']:.0%} of the weight, rare ones, a tenth of it, {share['rare']:.0%}")
-        say(f"run:   {args.max_iters} steps of {self.global_batch} x {args.block_size} tokens, into {self.folder}/")
+        size = f"{self.global_batch} x {args.block_size}"
+        say(f"run:   {args.max_iters} steps of {size} tokens, into {self.folder}/")
         uncounted = np.flatnonzero((self.counts == 0) & (mass > 0))
         if len(uncounted) and self.alpha:
             heaviest = uncounted[np.argsort(-mass[uncounted])][:3]
-            say(f"WARNING: {mass[uncounted].sum() / mass.sum():.1%} of the weight is on {len(uncounted):,} tokens of the "
-                f"data that --counts lacks, most on {', '.join(repr(self.tokenizer.decode([i])) for i in heaviest)} "
-                f"(w = eps^-alpha = {args.eps ** -self.alpha:,.0f}): add counts of the data to --counts"
+            names = ", ".join(repr(self.tokenizer.decode([i])) for i in heaviest)
+            say(f"WARNING: {mass[uncounted].sum() / mass.sum():.1%} of the weight is on {len(uncounted):,} "
+                f"tokens of the data that --counts lacks, most on {names} (each weighs eps^-alpha = "
+                f"{args.eps ** -self.alpha:,.0f}): add counts of the data to --counts"
                 + ("" if args.normalize else ", or use --eps 1"))
 
     def log(self, loss):
-        """After a step: its loss, summed over the processes, the speed, the time left with all evaluations."""
+        """After a step: its loss, summed over the processes, the speed, the time left."""
         args = self.args
         if self.step % args.log_interval and self.step not in (1, args.max_iters):
             return
@@ -373,14 +376,15 @@ class Run:
         """Write resume.pt, unless a weight is no number: what is there is better then."""
         if self.machine.rank == 0:
             self.check_finite(sum(p.detach().double().sum().item() for p in self.model.parameters()))
-            state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "same": self.same,
-                     "step": self.step, "best": self.best, "before": self.before, "after": self.after}
+            state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                     "step": self.step, "best": self.best, "before": self.before, "after": self.after,
+                     "same": self.same}
             replace(self.folder / "resume.pt", lambda part: torch.save(state, part))
 
     def check_finite(self, number):
         if not math.isfinite(number):
-            raise ValueError(f"the loss is no number any more at step {self.step}; {self.folder}/ keeps the last "
-                             "good checkpoint. Try a lower --learning_rate, or a larger --eps")
+            raise ValueError(f"the loss is no number any more at step {self.step}; {self.folder}/ keeps what "
+                             "was good. Try a lower --learning_rate, or a larger --eps")
 
     def write_log(self, **entry):
         if self.machine.rank == 0:
@@ -411,17 +415,18 @@ def parse_args():
         p.add_argument(f"--{name}", default=default, help=help, type=type, **options)
 
     not_negative, positive = at_least(0, float), at_least(1)
-    flag("alpha", [0.5], "strength of the decay; 0: plain cross-entropy; several: a run each", not_negative, nargs="+")
+    flag("alpha", [0.5], "strength of the decay; 0: plain cross-entropy; several: a run each", not_negative,
+         nargs="+")
     flag("eps", 1e-6, "added to every count, Eq. 3", not_negative)
     p.add_argument("--normalize", action="store_true", help="probabilities instead of raw counts in Eq. 3")
     flag("alpha_warmup_iters", 0, "raise alpha linearly from 0 over this many steps", at_least(0))
-    flag("counts", None, "token counts from count.py, added up, each scaled if so asked (default: those of the "
-         "training split)", nargs="+", metavar="FILE[:SCALE]")
+    flag("counts", None, "token counts from count.py, added up, each scaled if so asked (default: those of "
+         "the training split)", nargs="+", metavar="FILE[:SCALE]")
 
-    flag("data", None, "UTF-8 text, or .jsonl with a prompt and a completion a line, .gz or not (default: the "
-         "Python language reference that comes with Python)")
-    flag("init_from", None, "gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, a folder, or scratch (default: "
-         "gpt2, or tiny/ if that cannot be had)")
+    flag("data", None, "UTF-8 text, or .jsonl with a prompt and a completion a line, .gz or not (default: "
+         "the Python language reference that comes with Python)")
+    flag("init_from", None, "gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, a folder, or scratch "
+         "(default: gpt2, or tiny/ if that cannot be had)")
     flag("tokenizer", None, "with --init_from scratch: the folder whose tokenizer to use")
     flag("n_layer", 4, "with --init_from scratch", positive)
     flag("n_head", 4, "with --init_from scratch", positive)
@@ -433,8 +438,8 @@ def parse_args():
     flag("block_size", 256, "tokens in a sequence", at_least(8))
     flag("gradient_accumulation_steps", 1, "micro-steps in a step, of all processes together", positive)
     flag("learning_rate", 3e-4, "its peak, after --warmup_iters; a cosine takes it to a tenth", not_negative)
-    flag("optimizer", "adamw", "adafactor: half the memory, and a --learning_rate ten times as large, as it is "
-         "relative to the weights", choices=["adamw", "adafactor"])
+    flag("optimizer", "adamw", "adafactor: half the memory, and a --learning_rate ten times as large, as it "
+         "is relative to the weights", choices=["adamw", "adafactor"])
     flag("warmup_iters", 10, "steps over which the learning rate rises", at_least(0))
     flag("weight_decay", 0.1, "of matrices; biases and gains do not decay", not_negative)
     flag("grad_clip", 1.0, "largest norm of the gradient; 0 for none", not_negative)
@@ -466,9 +471,9 @@ def parse_args():
     return args
 
 
-# What --resume may change: the result means the same. (Whether data and counts do is seen by their content.)
-MAY_CHANGE = {"resume", "out_dir", "data", "counts", "max_iters", "eval_interval", "log_interval", "device", "dtype",
-              "compile", "activation_checkpointing", "batch_size", "gradient_accumulation_steps"}
+# What --resume may change: the result means the same. (Whether data and counts do, their content tells.)
+MAY_CHANGE = {"resume", "out_dir", "data", "counts", "max_iters", "eval_interval", "log_interval", "device",
+              "dtype", "compile", "activation_checkpointing", "batch_size", "gradient_accumulation_steps"}
 
 
 def resumed_args(p, out_dir):
@@ -487,8 +492,8 @@ def resumed_args(p, out_dir):
     if sequences(vars(args)) != sequences(had):
         changed.append("batch_size")
     for name in changed:
-        p.error(f"--resume: --{name} was {had[name]}, not {getattr(args, name)}, in {out_dir}: for another run, name "
-                "another --out_dir")
+        p.error(f"--resume: --{name} was {had[name]}, not {getattr(args, name)}, in {out_dir}: for another "
+                "run, name another --out_dir")
     if len(args.alpha) > 1 and runs[0] == Path(out_dir):
         p.error(f"--resume: {out_dir} is one run of several: --out_dir {runs[0].parent} goes on with them")
     return args
@@ -575,8 +580,8 @@ def main_in_memory():
         told = re.search("out of memory|can't allocate memory|not enough memory", str(error))
         if not told and not isinstance(error, MemoryError):
             raise
-        raise ValueError("out of memory: halve --batch_size and double --gradient_accumulation_steps (the same "
-                         "training), add --activation_checkpointing, or lower --block_size") from None
+        raise ValueError("out of memory: halve --batch_size and double --gradient_accumulation_steps (the "
+                         "same training), add --activation_checkpointing, or lower --block_size") from None
 
 
 if __name__ == "__main__":
