@@ -141,11 +141,9 @@ def encode(texts, tokenizer, jobs=None):
             yield size, tokens.result()
 
 
-# Where GPT-2's pattern ends a match whatever comes before and after: it looks back at nothing, no alternative
-# goes on from another character into white space, and a run of letters or of digits ends where the run ends.
-# (Behind an apostrophe, which may start a contraction, nothing is cut.) Python's \s is wider: hence the set.
-BOUNDARY = re.compile(r"(?<=\S)(?=[ \t\n\r])|(?<=[A-Za-z0-9])(?=[!-/:-@\[-`{-~])"
-                      r"|(?<=[A-Za-z])(?=[0-9])|(?<=[0-9])(?=[A-Za-z])")
+# Where GPT-2's pattern ends a match whatever comes before and after: it looks back at nothing, a match ends with
+# the last letter or digit in it, with which a run of digits goes, too, and goes on into a space from nothing else.
+BOUNDARY = re.compile(r"(?<=[^\W_])(?=[\W_])|(?<=\S)(?=[ \t\n\r])|(?<=[A-Za-z])(?=[0-9])|(?<=[0-9])(?=[A-Za-z])")
 
 
 def _cut(texts, tokenizer):
@@ -169,17 +167,23 @@ def _last_boundary(text, start):
     return last and last.start()
 
 
+# Where a match depends on what comes after: in a contraction, and at the end of white space, whose last character
+# stands alone if a word follows. (Python's \s has four characters that the pattern's has not.)
+CONTRACTION = re.compile(r"'(?:[sdmt]|ll|ve|re)")
+END_OF_SPACE = re.compile(r"(?<=\s)(?=\S|[\x1c-\x1f])")
+
+
 def _between_tokens(text, tokenizer):
     """Where to cut text without a BOUNDARY: between two of its tokens.
 
-    No merge crossed that place, so either side alone goes through the same merges. It is far enough from the
-    end that what comes after changes nothing, and no contraction is near, which could end differently.
+    No merge crossed that place, so either side alone goes through the same merges. It is far enough from the end
+    that what comes after changes nothing.
     """
     tokens = tokenizer.encode_ordinary(text)
     for k in range(len(tokens) * 3 // 4, 0, -1):
         with contextlib.suppress(UnicodeDecodeError):  # a token may end inside a character
             cut = len(tokenizer.decode_bytes(tokens[:k]).decode())
-            if not re.search(r"'(?:[sdmt]|ll|ve|re)", text[cut - 2 : cut + 3]):
+            if not CONTRACTION.search(text, cut - 2, cut + 3) and not END_OF_SPACE.match(text, cut):
                 return cut
 
 
@@ -358,8 +362,9 @@ class Corpus:
         description = (f"{name}: {n_train + n_held_out:,} pairs: {n_train:,} to train on, {n_held_out:,} "
                        f"held out with {targets:,} tokens to predict")
         if n_cut_prompts:
-            description += (f"; {n_cut_prompts:,} longer than --block_size {block_size} lose the start of "
-                            f"their prompt, {n_cut_completions:,} the end of their completion")
+            description += f"; {n_cut_prompts:,} longer than --block_size {block_size} lose the start of the prompt"
+        if n_cut_completions:
+            description += f", {n_cut_completions:,} of them the end of the completion, too"
         runs, starts, spans = np.array([[0, begins[n_train]]]), begins[:n_train], np.ones(n_train, np.int64)
         return cls(description, block_size, tokens, carries_loss, runs, starts, spans, np.array(windows))
 
