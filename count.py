@@ -141,9 +141,10 @@ def encode(texts, tokenizer, jobs=None):
             yield size, tokens.result()
 
 
-# Where GPT-2's pattern ends a match whatever comes before and after: it looks back at nothing, a match ends with
-# the last letter or digit in it, with which a run of digits goes, too, and goes on into a space from nothing else.
-BOUNDARY = re.compile(r"(?<=[^\W_])(?=[\W_])|(?<=\S)(?=[ \t\n\r])|(?<=[A-Za-z])(?=[0-9])|(?<=[0-9])(?=[A-Za-z])")
+# Where GPT-2's pattern ends a match whatever comes before and after: it looks back at nothing; from a letter
+# or digit it goes on into nothing but another of its kind, and into white space from nothing but white space.
+BOUNDARY = re.compile(r"(?<=[^\W_])(?=[\W_])|(?<=\S)(?=[ \t\n\r])"
+                      r"|(?<=[A-Za-z])(?=[0-9])|(?<=[0-9])(?=[A-Za-z])")
 
 
 def _cut(texts, tokenizer):
@@ -167,8 +168,8 @@ def _last_boundary(text, start):
     return last and last.start()
 
 
-# Where a match depends on what comes after: in a contraction, and at the end of white space, whose last character
-# stands alone if a word follows. (Python's \s has four characters that the pattern's has not.)
+# Where a match depends on what comes after: in a contraction, and at the end of white space, whose last
+# character stands alone if a word follows. (Python's \s has four characters that the pattern's has not.)
 CONTRACTION = re.compile(r"'(?:[sdmt]|ll|ve|re)")
 END_OF_SPACE = re.compile(r"(?<=\s)(?=\S|[\x1c-\x1f])")
 
@@ -176,8 +177,8 @@ END_OF_SPACE = re.compile(r"(?<=\s)(?=\S|[\x1c-\x1f])")
 def _between_tokens(text, tokenizer):
     """Where to cut text without a BOUNDARY: between two of its tokens.
 
-    No merge crossed that place, so either side alone goes through the same merges. It is far enough from the end
-    that what comes after changes nothing.
+    No merge crossed that place, so either side alone goes through the same merges. It is far enough from the
+    end that what comes after changes nothing.
     """
     tokens = tokenizer.encode_ordinary(text)
     for k in range(len(tokens) * 3 // 4, 0, -1):
@@ -362,7 +363,8 @@ class Corpus:
         description = (f"{name}: {n_train + n_held_out:,} pairs: {n_train:,} to train on, {n_held_out:,} "
                        f"held out with {targets:,} tokens to predict")
         if n_cut_prompts:
-            description += f"; {n_cut_prompts:,} longer than --block_size {block_size} lose the start of the prompt"
+            too_long = f"longer than --block_size {block_size}"
+            description += f"; {n_cut_prompts:,} {too_long} lose the start of the prompt"
         if n_cut_completions:
             description += f", {n_cut_completions:,} of them the end of the completion, too"
         runs, starts, spans = np.array([[0, begins[n_train]]]), begins[:n_train], np.ones(n_train, np.int64)
