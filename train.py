@@ -375,7 +375,7 @@ class Run:
     def save(self):
         """Write resume.pt, unless a weight is no number: what is there is better then."""
         if self.machine.rank == 0:
-            self.check_finite(sum(p.detach().double().sum().item() for p in self.model.parameters()))
+            self.check_finite(sum(p.detach().sum().item() for p in self.model.parameters()))
             state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                      "step": self.step, "best": self.best, "before": self.before, "after": self.after,
                      "same": self.same}
@@ -581,7 +581,8 @@ def main_in_memory():
         if not told and not isinstance(error, MemoryError):
             raise
         raise ValueError("out of memory: halve --batch_size and double --gradient_accumulation_steps (the "
-                         "same training), add --activation_checkpointing, or lower --block_size") from None
+                         "same training), add --activation_checkpointing, or start with a lower --block_size"
+                         ) from None
 
 
 if __name__ == "__main__":
