@@ -156,16 +156,17 @@ class GPT(nn.Module):
         self.eval()
         try:
             for end in range(T, T + max_new_tokens):
+                # Keys and values of what was seen are kept: each step computes one token instead of all. When
+                # the window slides every position changes, and with it every key: all is computed anew.
+                unseen = idx[:, pos if end <= window else end - window : end]
                 # In half precision oneDNN is slower than PyTorch's own product for a single row, only there:
                 # GPT-2 124M writes 63 tokens/s with it, 116 without, on two cores with AVX512-BF16.
-                single = B * (end - pos) == 1 and self.lm_head.dtype != torch.float32
+                single = unseen.numel() == 1 and self.lm_head.dtype != torch.float32
                 torch.backends.mkldnn.enabled = onednn and not single
                 if end <= window:
-                    # Keys and values of what was seen are kept: each step computes one token instead of all.
-                    hidden, pos = self(idx[:, pos:end], True, cache, pos), end
+                    hidden, pos = self(unseen, True, cache, pos), end
                 else:
-                    # The window slides: every position changes, and with it every key.
-                    hidden = self(idx[:, end - window : end], return_hidden=True)
+                    hidden = self(unseen, return_hidden=True)
                 logits = F.linear(hidden[:, -1], self.lm_head).float()
                 if logit_bias is not None:
                     logits += logit_bias
@@ -204,7 +205,8 @@ class GPT(nn.Module):
             state = load_state(path)
             shapes, read = {name: getattr(w, "shape", None) for name, w in state.items()}, state.get
         else:
-            raise FileNotFoundError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
+            raise FileNotFoundError(f"{folder} has neither model.safetensors nor pytorch_model.bin: "
+                                    "name a folder with all weights in one of them")
         # Beside the weights, some hold the causal mask and the output layer, which is the embedding again.
         names = {name.removeprefix("transformer."): name for name in shapes
                  if not name.endswith((*MASKS, "lm_head.weight"))}
@@ -485,10 +487,12 @@ def pick_dtype(name, device):
 
 
 def sampling_dtype(name, device, batch_size):
-    """The dtype to move a model to before generate, for a --dtype flag.
+    """The torch.dtype to move a model to before generate, for a --dtype flag.
 
-    auto: as in pick_dtype; but a single sequence on a CPU waits for the weights to be read, not for the
-    products: half of the bytes is half of the time, with hardware for bfloat16 or without.
+    auto: as in pick_dtype. But a single sequence on a CPU waits for the weights to be read, not the
+    products: half the bytes take half the time, also without hardware for bfloat16: there float16 is converted faster.
     """
-    single = device.type == "cpu" and batch_size == 1
-    return torch.bfloat16 if name == "auto" and single else pick_dtype(name, device)
+    dtype = pick_dtype(name, device)
+    if name == "auto" and device.type == "cpu" and batch_size == 1 and dtype == torch.float32:
+        return torch.float16
+    return dtype

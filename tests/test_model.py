@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import model as model_module
-from model import GPT, GPTConfig, pick_device, read_config
+from model import GPT, GPTConfig, pick_device, pick_dtype, read_config, sampling_dtype
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests/golden"
@@ -166,12 +166,13 @@ def test_what_generate_returns_can_be_trained_on():
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_half_precision_writes_what_float32_writes():
-    """On trained weights: 95% of the greedy tokens, cross-entropy to 0.3%; a single row is as one of several."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_writes_what_float32_writes(dtype):
+    """On trained weights: 95% of the greedy tokens, cross-entropy to 0.3%; one row is as one of several."""
     exact = GPT.from_pretrained(ROOT / "tiny").eval()
     torch.manual_seed(0)
     idx = exact.generate(torch.full((8, 1), exact.config.vocab_size - 1), 64)
-    half = GPT.from_pretrained(ROOT / "tiny").eval().to(torch.bfloat16)
+    half = GPT.from_pretrained(ROOT / "tiny").eval().to(dtype)
     with torch.no_grad():
         logits, half_logits = (m(idx[:, :-1]).float().flatten(0, 1) for m in (exact, half))
     assert (logits.argmax(-1) == half_logits.argmax(-1)).float().mean() >= 0.95
@@ -180,6 +181,13 @@ def test_half_precision_writes_what_float32_writes():
     rows = half.generate(idx[:2, :8], 8, temperature=0)
     assert torch.equal(half.generate(idx[:1, :8], 8, temperature=0), rows[:1])
     assert torch.backends.mkldnn.enabled
+
+
+def test_the_dtype_to_sample_in():
+    cpu = torch.device("cpu")
+    assert sampling_dtype("float32", cpu, 1) == torch.float32  # every bit
+    assert sampling_dtype("auto", cpu, 1) != torch.float32
+    assert sampling_dtype("auto", cpu, 16) == pick_dtype("auto", cpu)
 
 
 def test_dropout_and_checkpointing():
@@ -297,7 +305,7 @@ def test_other_folders_are_refused(tmp_path):
     for content in b"", b"[]", b"\x80\x02}q\0.", b"PK\x03\x04":
         (folder / "pytorch_model.bin").write_bytes(content)
         refused(folder, "pytorch_model.bin")
-    for content in "", "[]", '{"model_type": "llama"}', '{"n_head": 5}', '{"n_embd": null}', '{"n_head": 1e999}':
+    for content in "", "[]", '{"model_type": "llama"}', '{"n_head": 5}', '{"n_embd": null}', '{"n_head": 1e9}':
         (folder / "config.json").write_text(content, encoding="utf-8")
         refused(folder, "config.json")
     refused(tmp_path / "nowhere", "nowhere is neither", OSError)
