@@ -35,11 +35,22 @@ from tiktoken_ext.openai_public import r50k_pat_str  # how GPT-2 splits text, be
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json")
+RELEASED = "distilgpt2|gpt2(-medium|-large|-xl)?"
 READ = 1 << 20  # bytes read at a time
 PIECE = 1 << 18  # characters tokenized at a time; 500,000 spaces in one overflow the pattern's stack
 
 
 # --- the tokenizer ---
+
+
+def tokenizer_folder(name_or_folder):
+    """The folder of a tokenizer, as checkpoint_folder finds that of a model; it need not hold one."""
+    released = isinstance(name_or_folder, str) and re.fullmatch(RELEASED, name_or_folder)
+    if not released and any(Path(name_or_folder, file).exists() for file in TOKENIZER_FILES):
+        return Path(name_or_folder)
+    from model import checkpoint_folder  # imports torch: slow, and a folder does not need it
+
+    return checkpoint_folder(name_or_folder)
 
 
 def load_tokenizer(name_or_folder):
@@ -48,11 +59,7 @@ def load_tokenizer(name_or_folder):
     A folder has vocab.json and merges.txt, or tokenizer.json alone, which is what Transformers 5 writes.
     Raises OSError if they cannot be had, ValueError if they are no byte-level BPE that splits as GPT-2's.
     """
-    folder = Path(name_or_folder)
-    if not any((folder / file).exists() for file in TOKENIZER_FILES):
-        from model import checkpoint_folder  # imports torch: slow, and a folder does not need it
-
-        folder = checkpoint_folder(name_or_folder)
+    folder = tokenizer_folder(name_or_folder)
     try:
         if (folder / "vocab.json").exists():
             vocab, special = json.loads((folder / "vocab.json").read_bytes()), {}
@@ -479,7 +486,7 @@ def load_counts(files, n_vocab):
                              f"model's has {n_vocab:,}: count again with count.py --tokenizer")
         if not (np.isfinite(counts) & (counts >= 0)).all() or not counts.any():
             raise ValueError(f"--counts {path} must hold finite numbers, none of them negative and not all 0")
-        total = total + scale * counts
+        total = total + scale * counts.astype(np.float64 if counts.dtype.kind == "f" else np.int64)
     return total
 
 

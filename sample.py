@@ -84,20 +84,24 @@ def summarize(scores, weights, counts, bands, tokenizer):
     n, ce, correct = scores
     counted, band = torch.from_numpy(counts > 0), torch.from_numpy(bands)
     w = weights.double() * counted
-    n_bytes = torch.tensor([len(tokenizer.decode_bytes([token])) for token in range(tokenizer.n_vocab)])
+    n_bytes = torch.zeros(tokenizer.n_vocab)  # a special token stands for no text
+    for token in tokenizer.token_byte_values():
+        n_bytes[tokenizer.encode_single_token(token)] = len(token)
 
-    def mean(values, among=slice(None)):
-        return (values[among].sum() / n[among].sum()).item()
+    of_band = {name: band == i for i, name in enumerate(BANDS) if n[band == i].sum() > 0}
+
+    def by_band(values):
+        return {name: (values[among].sum() / n[among].sum()).item() for name, among in of_band.items()}
 
     return {
-        "val_ce": mean(ce),
-        "val_pdl": ((w * ce).sum() / (w * n).sum()).item(),
+        "val_ce": (ce.sum() / n.sum()).item(),
+        "val_pdl": ((w * ce).sum() / (w * n).sum().clamp(min=1e-30)).item(),
         "uncounted": int(n[~counted].sum()),
         "bits_per_byte": (ce.sum() / (n * n_bytes).sum() / math.log(2)).item(),
-        "accuracy": mean(correct),
-        "ce_by_band": {name: mean(ce, band == i) for i, name in enumerate(BANDS)},
-        "accuracy_by_band": {name: mean(correct, band == i) for i, name in enumerate(BANDS)},
-        "share_of_text": {name: (n[band == i].sum() / n.sum()).item() for i, name in enumerate(BANDS)},
+        "accuracy": (correct.sum() / n.sum()).item(),
+        "ce_by_band": by_band(ce),
+        "accuracy_by_band": by_band(correct),
+        "share_of_text": {name: (n[among].sum() / n.sum()).item() for name, among in of_band.items()},
     }
 
 
@@ -115,14 +119,14 @@ def measure_text(samples, held_out, bands):
     fours = [ngrams(sample, 4) for sample in samples if len(sample) > 3]
     # Add-one on the held-out side, so that a token it lacks costs much rather than everything.
     p, q = np.bincount(tokens, minlength=len(held_out)), held_out + 1
-    p, q = p[p > 0] / p.sum(), (q / q.sum())[p > 0]
+    p, q = p[p > 0] / max(1, p.sum()), (q / q.sum())[p > 0]
     return {
         # distinct n-grams among all (Li et al. 2016)
         **{f"distinct_{n}": len(set(grams)) / max(1, len(grams)) for n, grams in pooled.items()},
         # n-grams that the same sample had before, n = 4 (seq-rep-4, Welleck et al. 2020)
         "repeated_4": float(np.mean([1 - len(set(grams)) / len(grams) for grams in fours])) if fours else 0.0,
         "distinct_tokens": len(set(tokens.tolist())),  # (Choi et al. 2020, "uniq")
-        "rare_share": float((bands[tokens] == 2).mean()),
+        "rare_share": float((bands[tokens] == 2).sum() / max(1, len(tokens))),
         # KL(sampled || held-out) of single tokens, nats (Choi et al. 2020)
         "kl": float((p * np.log(p / q)).sum()),
     }
@@ -155,7 +159,7 @@ def table_of_run(report):
     before, after, alpha = report["before"], report["after"], report["alpha"]
     lines = ["held-out targets   share of  share of       cross-entropy, nats         top-1 accuracy",
              "                       text   weight*     before    after    change      before    after"]
-    for name in (*BANDS, "all"):
+    for name in (*before["ce_by_band"], "all"):
         shares = before["share_of_text"].get(name, 1), report["share_of_weight"].get(name, 1)
         b, a = (result["ce_by_band"].get(name, result["val_ce"]) for result in (before, after))
         c, d = (result["accuracy_by_band"].get(name, result["accuracy"]) for result in (before, after))
@@ -174,7 +178,7 @@ def table_of_run(report):
 def in_words(report):
     """The table of a run in a sentence."""
     before, after = report["before"], report["after"]
-    change = {name: after["ce_by_band"][name] - before["ce_by_band"][name] for name in ("rare", "frequent")}
+    change = {name: after["ce_by_band"][name] - before["ce_by_band"][name] for name in after["ce_by_band"]}
     change["all"] = after["val_ce"] - before["val_ce"]
     told = (f"{name} tokens {abs(d):.2f} nats {'better' if d < 0 else 'worse'}" for name, d in change.items())
     return f"Held-out text is predicted, compared with before training: {', '.join(told)}."
@@ -190,7 +194,7 @@ def table_of_series(reports):
              "alpha          all  frequent    middle      rare  accuracy  rare share  distinct-2  repeated-4"]
     for report in reports:
         after, text = report["after"], report["text"]["sampled"]
-        ce = [after["val_ce"], *after["ce_by_band"].values()]
+        ce = [after["val_ce"], *(after["ce_by_band"].get(name, math.nan) for name in BANDS)]
         lines.append(f"{report['alpha']:<8g}" + "".join(f"{x:10.3f}" for x in ce)
                      + f"{after['accuracy']:10.1%}" + of_text(text))
     lines.append(f"{'the text':58}" + of_text(reports[0]["text"]["the text"]))

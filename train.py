@@ -104,7 +104,7 @@ def finetune(args, alpha, folder, source, machine):
 def find_model(args):
     """The folder to start from, and a note if it is not the one that was meant."""
     if args.init_from == "scratch":
-        return checkpoint_folder(args.tokenizer), None
+        return count.tokenizer_folder(args.tokenizer), None
     try:
         return checkpoint_folder(args.init_from or "gpt2"), None
     except OSError as error:
