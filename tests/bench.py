@@ -1,44 +1,59 @@
 """
-What the project's speed and memory are against what people use today, measured side by side: python tests/bench.py
+What the project's speed and memory are against what people use today, measured side by side:
 
-Every measurement is a process of its own, so that its peak memory is its own; a pair runs in turn, three times, and the
-median is shown. The model is GPT-2 124M with random weights, which are as fast as trained ones.
+    python tests/bench.py [loss] [training] [sampling] [counting] [runs]
+
+Every measurement is a process of its own, so that its peak memory is its own. A pair is measured in turn,
+three times, and the medians are shown; whole runs, which take minutes, once. The models have GPT-2's sizes and
+random weights, which are as fast as trained ones; nothing is downloaded. Peaks are of the GPU's memory where
+there is one, else of the process (on Windows they are not known).
 """
 
 import importlib.util
+import itertools
 import json
 import os
 import platform
-import resource
+import random
+import runpy
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT))  # a script sees the folder that it is in
 from count import count_tokens, load_tokenizer
-from model import GPT, Block, GPTConfig
+from model import GPT, GPTConfig, pick_dtype, sampling_dtype
 from pdl import linear_pdl_loss, token_weights
-from train import allocate, pick_dtype
+from train import make_optimizer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BEST_DTYPE = pick_dtype("auto", torch.device(DEVICE))
+CHECKPOINTING = DEVICE == "cpu"  # train.py's default
+SIZES = {"GPT-2, 124M": {}, "GPT-2 medium, 355M": {"n_embd": 1024, "n_layer": 24, "n_head": 16}}
 
 
 def peak():
+    """Bytes, or None where they are not known."""
     if DEVICE == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def seconds(step, n=3, warmup=1):
     times = []
-    for i in range(warmup + n):
+    for _ in range(warmup + n):
         start = time.perf_counter()
         step()
         if DEVICE == "cuda":
@@ -47,13 +62,15 @@ def seconds(step, n=3, warmup=1):
     return statistics.median(times[warmup:])
 
 
-# Each returns (speed or time, bytes).
+# --- the measurements: each returns a time or a speed, and bytes ---
 
 
 def loss(ours, dtype):
+    """Forward and backward in seconds, and the memory beyond the inputs."""
     torch.manual_seed(0)
-    hidden = torch.randn(4096, 768, device=DEVICE, dtype=dtype, requires_grad=True)
-    lm_head = (0.02 * torch.randn(50257, 768, device=DEVICE, dtype=dtype)).requires_grad_()
+    options = {"device": DEVICE, "dtype": getattr(torch, dtype)}
+    hidden = torch.empty(4096, 768, **options).normal_().requires_grad_()
+    lm_head = torch.empty(50257, 768, **options).normal_(std=0.02).requires_grad_()
     targets, weights = torch.randint(50257, (4096,), device=DEVICE), torch.rand(50257, device=DEVICE)
 
     def step():
@@ -64,101 +81,189 @@ def loss(ours, dtype):
             F.cross_entropy((hidden @ lm_head.T).float(), targets, weights).backward()
 
     before = peak()
-    return seconds(step), peak() - before
+    return seconds(step), before and peak() - before
 
 
 def training(ours):
+    """Tokens a second of training steps with 4 x 512 tokens, and the peak."""
     torch.manual_seed(0)
-    if ours or DEVICE == "cuda":
+    nanogpt_on_cpu = not ours and DEVICE == "cpu"
+    if not nanogpt_on_cpu:
         torch.set_float32_matmul_precision("high")
-    if ours and DEVICE == "cpu":
-        allocate(lasting=True)
-    if not ours:  # nanoGPT recomputes nothing
-        Block.forward = lambda self, x, cache=None, pos=0: (lambda x: x + self.mlp(self.ln_2(x)))(x + self.attn(self.ln_1(x)))
     model = GPT(GPTConfig()).to(DEVICE)
     model.set_dropout(0.0)
-    batch, block = 4, 512
-    x, y = torch.randint(50257, (2, batch, block), device=DEVICE)
+    model.activation_checkpointing = ours and CHECKPOINTING
+    x, y = torch.randint(50257, (2, 4, 512), device=DEVICE)
     weights = torch.rand(50257, device=DEVICE)
-    dtype = pick_dtype("auto", torch.device(DEVICE)) if ours or DEVICE == "cuda" else torch.float32
-    # nanoGPT's recipe: on a GPU compiled, in bfloat16, with the fused AdamW; on a CPU in float32 with neither.
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=ours or DEVICE == "cuda")
-    forward = torch.compile(model) if DEVICE == "cuda" and not ours else model
+    # nanoGPT's recipe: on a GPU compiled, in bfloat16, with the fused AdamW; on a CPU float32 and neither.
+    dtype, trained = torch.float32 if nanogpt_on_cpu else BEST_DTYPE, model
+    if ours:
+        settings = SimpleNamespace(optimizer="adamw", learning_rate=1e-4, weight_decay=0.1)
+        optimizer = make_optimizer(settings, model)
+    else:
+        groups = [{"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": 0.1},
+                  {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=DEVICE == "cuda")
+        trained = torch.compile(model) if DEVICE == "cuda" else model
 
     def step():
         with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
             if ours:
-                loss = linear_pdl_loss(forward(x, return_hidden=True), model.lm_head, y, weights, "sum") / token_weights(y, weights).sum()
+                loss = linear_pdl_loss(trained(x, return_hidden=True), model.lm_head, y, weights, "sum")
+                loss = loss / token_weights(y, weights).sum()
             else:
-                loss = F.cross_entropy(forward(x).view(-1, 50257), y.view(-1), weights)
+                loss = F.cross_entropy(trained(x).view(-1, 50257), y.view(-1))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if ours and DEVICE == "cpu":
-            allocate(lasting=False)
 
-    return batch * block / seconds(step), peak()
+    return x.numel() / seconds(step), peak()
 
 
 @torch.inference_mode()
-def sampling(ours, other):
-    idx = torch.zeros(1, 1, dtype=torch.long, device=DEVICE)
-    if other == "Transformers' generate" and not ours:
+def sampling(how, batch_size):
+    """Tokens a second of 256 sampled tokens a sequence."""
+    torch.manual_seed(0)
+    idx = torch.zeros(batch_size, 1, dtype=torch.long, device=DEVICE)
+    if how == "Transformers' generate":
         from transformers import GPT2Config, GPT2LMHeadModel
 
         model = GPT2LMHeadModel(GPT2Config()).to(DEVICE).eval()
-        generate = lambda: model.generate(idx, attention_mask=torch.ones_like(idx), do_sample=True, min_new_tokens=256, max_new_tokens=256, pad_token_id=0)
+        options = {"attention_mask": torch.ones_like(idx), "do_sample": True, "top_k": 0, "pad_token_id": 0}
+        generate = lambda: model.generate(idx, min_new_tokens=256, max_new_tokens=256, **options)
     else:
         model = GPT(GPTConfig()).to(DEVICE).eval()
+        if how == "sample.py":
+            model.to(sampling_dtype("auto", torch.device(DEVICE), batch_size))
+        generate = lambda: model.generate(idx, 256)
+    if how == "no KV cache":
 
-        def without_cache():
+        def generate():
             seen = idx
             for _ in range(256):
                 seen = torch.cat((seen, torch.multinomial(model(seen)[:, -1].softmax(-1), 1)), dim=1)
 
-        generate = (lambda: model.generate(idx, 256)) if ours else without_cache
-    return 256 / seconds(generate, n=1), peak()
+    return batch_size * 256 / seconds(generate, n=1), None
 
 
 def counting(ours):
+    """MB a second of the standard library's sources with tiny's tokenizer."""
     files = sorted(Path(os.__file__).parent.glob("*.py"))
     text = "\n".join(file.read_text(encoding="utf-8", errors="ignore") for file in files) * 4
     tokenizer = load_tokenizer(ROOT / "tiny")
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".txt") as file:
-        file.write(text)
-        file.flush()
-        step = (lambda: count_tokens([file.name], tokenizer)) if ours else (lambda: tokenizer.encode_ordinary(text))
-        return len(text.encode()) / 1e6 / seconds(step), peak()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "text.txt")
+        path.write_text(text, encoding="utf-8")
+        theirs, own = (lambda: tokenizer.encode_ordinary(text)), (lambda: count_tokens([path], tokenizer))
+        return path.stat().st_size / 1e6 / seconds(own if ours else theirs), None
 
 
+def prepare(folder, size):
+    """Write a checkpoint with random weights, and a text of which more is held out than is evaluated."""
+    GPT(GPTConfig(**SIZES[size])).save_pretrained(folder)
+    # GPT-2's 256 bytes as the characters that its files write them as; each merge joins two of them.
+    characters = [chr(c) for c in (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324))]
+    pairs = list(itertools.islice(itertools.product(characters, characters), 50_000))
+    tokens = [*characters, *map("".join, pairs), "<|endoftext|>"]
+    vocab = json.dumps({token: i for i, token in enumerate(tokens)})
+    Path(folder, "vocab.json").write_text(vocab, encoding="utf-8")
+    Path(folder, "merges.txt").write_text("\n".join(map(" ".join, pairs)), encoding="utf-8")
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9))) for _ in range(5000)]
+    text = "\n".join(" ".join(rng.choices(words, k=12)) for _ in range(40_000))
+    Path(folder, "text.txt").write_text(text, encoding="utf-8")
+
+
+def whole_run(folder, flags):
+    """Seconds and peak of all of train.py: evaluation before and after, a few steps, samples, saving."""
+    with tempfile.TemporaryDirectory() as out:
+        sys.argv = ["train.py", "--init_from", folder, "--data", f"{folder}/text.txt",
+                    "--out_dir", f"{out}/out", "--max_iters", "4", *flags]
+        start = time.perf_counter()
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+        return time.perf_counter() - start, peak()
+
+
+# --- the tables ---
+
+# Of a kind: row, function, and for what is there today and for ours a name and the function's arguments.
 ROWS = {
-    "loss, float32 (s)": (loss, "full logits", "linear_pdl_loss", (torch.float32,)),
-    "loss, bfloat16 (s)": (loss, "full logits", "linear_pdl_loss", (torch.bfloat16,)),
-    "training (tokens/s)": (training, "nanoGPT's recipe", "train.py", ()),
-    "sampling (tokens/s)": (sampling, "no KV cache", "sample.py", ("no KV cache",)),
-    "sampling, too (tokens/s)": (sampling, "Transformers' generate", "sample.py", ("Transformers' generate",)),  # if it is installed
-    "counting (MB/s)": (counting, "tiktoken, 1 thread", "count.py", ()),
+    "loss": [
+        (f"loss, {dtype} (s)", loss, "full logits", [False, dtype], "linear_pdl_loss", [True, dtype])
+        for dtype in ("float32", "bfloat16") if dtype == "float32" or BEST_DTYPE == torch.bfloat16
+    ],
+    "training": [("training (tokens/s)", training, "nanoGPT's recipe", [False], "train.py", [True])],
+    "sampling": [
+        (f"sampling, batch {n} (tokens/s)", sampling, theirs, [theirs, n], "sample.py", ["sample.py", n])
+        for n, theirs in ((1, "Transformers' generate"), (1, "no KV cache"), (4, "float32"), (16, "float32"))
+        if "Transformers" not in theirs or importlib.util.find_spec("transformers")
+    ],
+    "counting": [("counting (MB/s)", counting, "tiktoken, 1 thread", [False], "count.py", [True])],
 }
+SMALL = "--batch_size 4 --gradient_accumulation_steps 4"
+RUNS = [
+    ("GPT-2, 124M", "--batch_size 4 --block_size 512"),
+    ("GPT-2, 124M", ""),
+    ("GPT-2, 124M", f"--{'no-' if CHECKPOINTING else ''}activation_checkpointing"),
+    ("GPT-2, 124M", f"--optimizer adafactor --activation_checkpointing {SMALL}"),
+    ("GPT-2 medium, 355M", f"--optimizer adafactor --activation_checkpointing {SMALL}"),
+]
+
+
+def measure(function, *args):
+    """What function(*args) returns in a process of its own."""
+    command = [sys.executable, __file__, "--measure", function.__name__, json.dumps(args)]
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout.splitlines()[-1])
+
+
+def side_by_side(kinds):
+    print("| | before | | ours | | ratio | memory |\n|---|---|---|---|---|---|---|")
+    for row, function, theirs, their_args, ours, our_args in itertools.chain(*(ROWS[kind] for kind in kinds)):
+        pairs = [(measure(function, *their_args), measure(function, *our_args)) for _ in range(3)]
+        before, after = (statistics.median(pair[i][0] for pair in pairs) for i in (0, 1))
+        ratio = statistics.median(b[0] / a[0] for a, b in pairs)
+        memory = ""
+        if pairs[0][0][1]:
+            a, b = (statistics.median(pair[i][1] for pair in pairs) / 1e9 for i in (0, 1))
+            memory = f"{a:.2f} to {b:.2f} GB, {b / a:.2f}x"
+        cells = row, theirs, f"{before:,.2f}", ours, f"{after:,.2f}", f"{ratio:.2f}x", memory
+        print("|", " | ".join(cells), "|", flush=True)
+
+
+def whole_runs():
+    _, nanogpt = measure(training, False)
+    against = f" (nanoGPT's step at 4 x 512: {nanogpt / 1e9:.1f} GB)" if nanogpt else ""
+    print(f"| model | flags of train.py | peak of the whole run{against} | seconds |\n|---|---|---|---|")
+    for size, runs in itertools.groupby(RUNS, key=lambda run: run[0]):
+        with tempfile.TemporaryDirectory() as folder:
+            measure(prepare, folder, size)
+            for _, flags in runs:
+                time_taken, used = measure(whole_run, folder, flags.split())
+                memory = f"{used / 1e9:.2f} GB, {used / nanogpt:.2f}x" if used else ""
+                flags = f"`{flags}`" if flags else "the defaults"
+                print(f"| {size} | {flags} | {memory} | {time_taken:.0f} |", flush=True)
 
 
 def main():
-    if len(sys.argv) > 1:  # one measurement, in a process of its own
-        function, _, _, args = ROWS[sys.argv[1]]
-        print(json.dumps(function(sys.argv[2] == "True", *args)))
+    if sys.argv[1:2] == ["--measure"]:
+        print("\n" + json.dumps(globals()[sys.argv[2]](*json.loads(sys.argv[3]))))
         return
-    cpu = next((line.split(": ")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), "") if sys.platform == "linux" else platform.processor()
-    name = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{cpu}, {torch.get_num_threads()} threads"
-    print(f"{name}; torch {torch.__version__}\n")
-    print("| | before | | ours | | ratio | memory |\n|---|---|---|---|---|---|---|")
-    for row, (_, theirs_name, ours_name, _) in ROWS.items():
-        if "Transformers" in theirs_name and not importlib.util.find_spec("transformers"):
-            continue
-        runs = [[json.loads(subprocess.check_output([sys.executable, __file__, row, str(ours)])) for ours in (False, True)] for _ in range(3)]
-        (theirs, theirs_peak), (ours, ours_peak) = (map(statistics.median, zip(*(r[i] for r in runs))) for i in (0, 1))
-        ratio = statistics.median(r[1][0] / r[0][0] for r in runs)
-        memory = f"{theirs_peak / 1e9:.2f} to {ours_peak / 1e9:.2f} GB, {ours_peak / theirs_peak:.2f}x" if row[:4] in ("loss", "trai") else ""
-        print(f"| {row} | {theirs_name} | {theirs:,.2f} | {ours_name} | {ours:,.2f} | {ratio:.2f}x | {memory} |", flush=True)
+    kinds = sys.argv[1:] or [*ROWS, "runs"]
+    if unknown := set(kinds) - {*ROWS, "runs"}:
+        sys.exit(f"bench.py: error: {', '.join(sorted(unknown))}: choose among {', '.join(ROWS)} and runs")
+    name = platform.processor() or platform.machine()
+    if DEVICE == "cuda":
+        name = torch.cuda.get_device_name()
+    elif sys.platform == "linux":
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), name)
+    bfloat16 = "with" if BEST_DTYPE == torch.bfloat16 else "without"
+    print(f"{name} {bfloat16} bfloat16, {torch.get_num_threads()} threads, torch {torch.__version__}\n", flush=True)
+    if tabled := [kind for kind in kinds if kind != "runs"]:
+        side_by_side(tabled)
+    if "runs" in kinds:
+        whole_runs()
 
 
 if __name__ == "__main__":
