@@ -91,7 +91,9 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        # Recompute each block in the backward pass instead of keeping its activations?
+        # True: keep only what enters each block, and recompute the rest in the backward pass. GPT-2 124M, 4 x 512
+        # in float32 on a CPU: 3.26 instead of 3.66 GB, 15% more time (of the MLP alone: 3.30 GB, 6%); more memory is
+        # saved the larger the batch, where that of the MLP alone keeps seven times as much.
         self.activation_checkpointing = False
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
@@ -489,8 +491,8 @@ def pick_dtype(name, device):
 def sampling_dtype(name, device, batch_size):
     """The torch.dtype to move a model to before generate, for a --dtype flag.
 
-    auto: as in pick_dtype. But a single sequence on a CPU waits for the weights to be read, not the
-    products: half the bytes take half the time, also without hardware for bfloat16: there float16 is converted faster.
+    auto: as in pick_dtype. But a single sequence on a CPU waits for the weights to be read, not for products:
+    half the bytes take half the time, also without hardware for bfloat16; there, float16 is the faster one.
     """
     dtype = pick_dtype(name, device)
     if name == "auto" and device.type == "cpu" and batch_size == 1 and dtype == torch.float32:

@@ -305,7 +305,7 @@ def test_other_folders_are_refused(tmp_path):
     for content in b"", b"[]", b"\x80\x02}q\0.", b"PK\x03\x04":
         (folder / "pytorch_model.bin").write_bytes(content)
         refused(folder, "pytorch_model.bin")
-    for content in "", "[]", '{"model_type": "llama"}', '{"n_head": 5}', '{"n_embd": null}', '{"n_head": 1e9}':
+    for content in "", "[]", '{"model_type": "t5"}', '{"n_head": 5}', '{"n_embd": null}', '{"n_head": 1e999}':
         (folder / "config.json").write_text(content, encoding="utf-8")
         refused(folder, "config.json")
     refused(tmp_path / "nowhere", "nowhere is neither", OSError)
