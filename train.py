@@ -54,12 +54,12 @@ def main():
         report = finetune(args, alpha, folder, source, machine)
         if report is None:
             break
-        machine.say("\n" + sample.table_of_run(report))
-        machine.say(f"\n{sample.in_words(report)}\n{verdict(report, folder)}\n")
         reports.append(report)
+        if machine.rank == 0:
+            print(f"\n{sample.table_of_run(report)}\n\n{sample.in_words(report)}\n{verdict(report, folder)}\n")
     else:
-        if series:
-            machine.say(sample.table_of_series(reports) + "\n")
+        if series and machine.rank == 0:
+            print(sample.table_of_series(reports) + "\n")
         where = "" if folders[-1] == Path("out") else f" --init_from {folders[-1]}"
         machine.say(f"now: python sample.py{where}")
         machine.say(note and "NOTE: this was tiny/, not gpt2")
