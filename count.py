@@ -26,7 +26,6 @@ import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -201,12 +200,9 @@ def encode_pairs(path, tokenizer):
     The latter two are lists of tokens. An end of text ends each completion, and stands for an empty prompt,
     as a target needs something before it.
     """
-    lines = enumerate(_lines(read_text(path)), 1)
-    while batch := list(islice(lines, 1000)):
-        batch = [(number, line) for number, line in batch if line.strip()]
-        texts = [text for number, line in batch for text in _prompt_and_completion(path, number, line)]
-        tokens = iter(tokenizer.encode_ordinary_batch(texts))
-        for (_, line), prompt, completion in zip(batch, tokens, tokens):
+    for number, line in enumerate(_lines(read_text(path)), 1):
+        if line.strip():
+            prompt, completion = map(tokenizer.encode_ordinary, _prompt_and_completion(path, number, line))
             yield len(line), prompt or [tokenizer.eot_token], completion + [tokenizer.eot_token]
 
 
