@@ -32,7 +32,7 @@ def tiny():
 
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory):
-    """A network that nothing answers on, a cache with nothing in it, and one thread, which is fastest for so little."""
+    """A network that nothing answers on, a cache with nothing in it, and one thread: enough here."""
     nowhere = str(tmp_path_factory.mktemp("torch_home"))
     return {"HF_ENDPOINT": "http://127.0.0.1:9", "TORCH_HOME": nowhere, "OMP_NUM_THREADS": "1"}
 
@@ -53,8 +53,8 @@ def small():
 def text(tmp_path):
     """A folder with text.txt, 500 lines of a few words."""
     rng = random.Random(0)
-    words = "the a of quick brown fox jumps over lazy dog and then sleeps under some old tree by water".split()
-    lines = (" ".join(rng.choices(words, k=8)) + "." for _ in range(500))
+    words = "the a of quick brown fox jumps over lazy dog and then sleeps under some old tree by water"
+    lines = (" ".join(rng.choices(words.split(), k=8)) + "." for _ in range(500))
     (tmp_path / "text.txt").write_text("\n".join(lines), encoding="utf-8")
     return tmp_path
 
@@ -89,7 +89,8 @@ def start(environment):
             options["preexec_fn"] = prepare
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
         command = [sys.executable, *python, str(ROOT / script), *map(str, args)]
-        process = subprocess.Popen(command, cwd=cwd, env=os.environ | environment | env, encoding="utf-8", **pipes)
+        env = os.environ | environment | env
+        process = subprocess.Popen(command, cwd=cwd, env=env, encoding="utf-8", **pipes)
         processes.append(process)
         timers.append(threading.Timer(SECONDS, process.kill))
         timers[-1].start()
@@ -155,8 +156,8 @@ def two_ranks(start):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-        return [start(script, *args, cwd=cwd, env=shared | {"RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
+        both = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+        return [start(script, *args, cwd=cwd, env=both | {"RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
 
     return two_ranks
 

@@ -25,7 +25,7 @@ def as_tokenizer_json(tiny):
     lines = (tiny / "merges.txt").read_text(encoding="utf-8").splitlines()
     return {
         "normalizer": None,
-        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
         "added_tokens": [{"id": vocab["<|endoftext|>"], "content": "<|endoftext|>", "special": True}],
         "model": {"type": "BPE", "vocab": vocab, "merges": [line.split() for line in lines[1:]]},
     }
@@ -53,7 +53,8 @@ def test_a_tokenizer_is_never_a_stale_one(tiny, tmp_path):
 def test_tokenizer_json_alone_is_enough(as_tokenizer_json, tokenizer, tmp_path, root, merges):
     """It is all that Transformers 5 saves; merges are lists of two there, and were strings before."""
     if merges == "strings":
-        as_tokenizer_json["model"]["merges"] = [" ".join(pair) for pair in as_tokenizer_json["model"]["merges"]]
+        model = as_tokenizer_json["model"]
+        model["merges"] = [" ".join(pair) for pair in model["merges"]]
     (tmp_path / "tokenizer.json").write_text(json.dumps(as_tokenizer_json), encoding="utf-8")
     read = load_tokenizer(tmp_path)
     text = (root / "README.md").read_text(encoding="utf-8")
@@ -80,7 +81,8 @@ def normalized(content):
 
 
 def split_otherwise(content):
-    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [{"type": "Split"}, {"type": "ByteLevel"}]}
+    splitters = [{"type": "Split"}, {"type": "ByteLevel"}]
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": splitters}
 
 
 def no_end_of_text(content):
@@ -128,7 +130,8 @@ def test_a_damaged_tokenizer_is_refused_in_one_line(tmp_path, content):
 def test_streamed_in_pieces_as_encoded_whole(tokenizer, tmp_path, monkeypatch, seed):
     rng = random.Random(seed)
     atoms = ["the", "I'll", "'s", "'", " ", " ", " ", "  ", "\n", "\n\n", "\r\n", "\t", "\u00a0", "\u3000",
-             "\x1c", "\x85", "e\u0301", "\U0001f469\u200d\U0001f680", "12", "x1", ",", "...", "<|endoftext|>", "\ufeff", "\u4e2d\u6587"]
+             "\x1c", "\x85", "e\u0301", "\U0001f469\u200d\U0001f680", "12", "x1", ",", "...", "<|endoftext|>",
+             "\ufeff", "\u4e2d\u6587"]
     texts = ["".join(rng.choices(atoms, k=3000)).lstrip("\ufeff") for _ in range(3)]
     paths = [tmp_path / name for name in ("a.txt", "b.txt.gz", "c.txt")]
     for path, text in zip(paths, texts):
@@ -152,7 +155,8 @@ def test_text_without_a_place_to_cut(tokenizer, monkeypatch):
     monkeypatch.setattr(count, "PIECE", 2000)
     for text in ["".join(rng.choices(atom, k=20_000)) for atom in ATOMS]:
         pieces = [tokens for _, tokens in encode([text], tokenizer)]
-        assert np.concatenate(pieces).tolist() == tokenizer.encode_ordinary(text) and len(pieces) > 5, text[:20]
+        assert np.concatenate(pieces).tolist() == tokenizer.encode_ordinary(text), text[:20]
+        assert len(pieces) > 5
 
 
 def test_contractions_wherever_it_could_be_cut(tokenizer, monkeypatch):
@@ -167,7 +171,7 @@ def test_contractions_wherever_it_could_be_cut(tokenizer, monkeypatch):
     (" ", [" word"]), ("\t", ["\t", "word"]), ("\n", ["\n", "word"]), ("a", [" word"]),
 ], ids=["spaces", "tabs", "line ends", "one letter"])
 def test_megabytes_of_one_character_and_then_a_word(tokenizer, tmp_path, character, rest):
-    """No regular expression knows the answer here: GPT-2 splits such a text into a run and what is not of it."""
+    """No regular expression knows the answer here: GPT-2 splits such a text into the run and the rest."""
     n = 3_000_000
     # The last space belongs to the word; the last of other white space stands alone.
     pieces = [character * n, *rest]
@@ -189,7 +193,8 @@ def test_of_pairs_the_completions_count_and_an_end_of_text_each(pairs, tokenizer
 
 def test_from_the_command_line(run, tokenizer, tiny, tmp_path):
     (tmp_path / "a.txt").write_bytes(b"one two\r\n")
-    out = run("count.py", "a.txt", "-", "--tokenizer", tiny, "-o", "c.npy", cwd=tmp_path, input="two three").stdout
+    flags = "a.txt", "-", "--tokenizer", tiny, "-o", "c.npy"
+    out = run("count.py", *flags, cwd=tmp_path, input="two three").stdout
     counts = np.load(tmp_path / "c.npy")
     expected = tokenizer.encode_ordinary("one two\r\n") + tokenizer.encode_ordinary("two three")
     assert (counts == np.bincount(expected, minlength=4096)).all()
@@ -216,7 +221,7 @@ def test_ctrl_c_leaves_no_half_written_counts(start, tiny, tmp_path):
     ("a.json", b'[{"prompt": "a", "completion": "b"}]', ".jsonl"),
     ("a.jsonl", b'{"prompt": "a", "completion": "b"}\n{"prompt": "c"}\n', "line 2"),
 ])
-def test_a_text_that_cannot_be_counted_is_named_in_one_line(run_here, one_line, tiny, tmp_path, name, content, word):
+def test_a_text_that_cannot_be_counted_is_named(run_here, one_line, tiny, tmp_path, name, content, word):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     result = run_here("count.py", name, "--tokenizer", tiny, cwd=tmp_path, ok=False)

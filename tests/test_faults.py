@@ -1,5 +1,7 @@
-"""What goes wrong on the first day: a signal, a killed process, a full disk, a stranger's file, a flag or a text that
-changed. Really injected; nothing is lost, and one line says what to do."""
+"""What goes wrong on the first day: a signal, a kill, a full disk, a stranger's file, a text that changed.
+
+Really injected: nothing is lost, and one line says what to do.
+"""
 
 import json
 import os
@@ -59,23 +61,26 @@ def resume(run_here, text):
 
 @pytest.mark.usefixtures("posix")
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_run_where_it_can_go_on(start, until, train, resume, small, text, log, losses, signum):
+def test_a_signal_ends_the_run_where_it_can_go_on(start, until, train, resume, small, text, log, losses,
+                                                  signum):
     flags = "--max_iters", 8, "--dropout", 0.1
     train(*flags, "--out_dir", "whole")
     process = start("train.py", *small, *flags, "--out_dir", "cut", cwd=text)
     until(process, "step 3: loss")
     process.send_signal(signum)
     rest, stderr = process.communicate()
-    assert (process.returncode, stderr) == (0, "") and "to go on: python train.py --resume --out_dir cut" in rest
+    assert (process.returncode, stderr) == (0, "")
+    assert "to go on: python train.py --resume --out_dir cut" in rest
     resume("--out_dir", "cut")
     assert losses(text / "cut") == pytest.approx(losses(text / "whole"), rel=1e-5)
     assert len(log(text / "cut")) == len(log(text / "whole"))
 
 
 @pytest.mark.usefixtures("posix")
-@pytest.mark.parametrize("moment, rank", [("step 1: loss", 1), ("step 2: loss", 0), ("step 4: loss", 1)],
-                         ids=["training", "evaluating", "the last evaluation"])
-def test_a_signal_to_one_of_two_processes_ends_both(two_ranks, until, resume, small, text, losses, moment, rank):
+@pytest.mark.parametrize("moment, rank", [("step 1: loss", 1), ("step 4: loss", 1), ("step 4: loss", 0)],
+                         ids=["training", "the last evaluation, rank 1", "the last evaluation, rank 0"])
+def test_a_signal_to_one_of_two_processes_ends_both(two_ranks, until, resume, small, text, losses, moment,
+                                                    rank):
     flags = "--max_iters", 4, "--eval_interval", 2, "--eval_iters", 20
     both = two_ranks("train.py", *small, *flags, cwd=text)
     until(both[0], moment)
@@ -166,7 +171,8 @@ def test_a_full_disk_leaves_the_checkpoint_whole(run, train, one_line, text):
     names = "model.safetensors", "config.json", "resume.pt", "vocab.json", "merges.txt"
     before = [(text / "out" / name).read_bytes() for name in names]
     full = limit("RLIMIT_FSIZE", 2_000_000)
-    one_line(run("train.py", "--resume", "--max_iters", 4, cwd=text, ok=False, before=full), "could not be written")
+    result = run("train.py", "--resume", "--max_iters", 4, cwd=text, ok=False, before=full)
+    one_line(result, "could not be written")
     assert before == [(text / "out" / name).read_bytes() for name in names]
     assert not list((text / "out").glob("*.part"))
 
@@ -192,10 +198,10 @@ def ruin(parameters, max_norm):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process cannot be kept from memory")
-@pytest.mark.parametrize("size", [200_000, 10**9], ids=["torch's memory", "numpy's"])
+@pytest.mark.parametrize("size", [400_000, 10**9], ids=["torch's memory", "numpy's"])
 def test_out_of_memory_names_the_flags(run, one_line, small, text, size):
     little = limit("RLIMIT_AS", 8 << 30)
-    result = run("train.py", *small, "--batch_size", size, "--max_iters", 1, cwd=text, ok=False, before=little)
+    result = run("train.py", *small, "--batch_size", size, cwd=text, ok=False, before=little)
     one_line(result, "out of memory: halve --batch_size")
 
 
@@ -212,8 +218,9 @@ def test_only_memory_that_ran_out_is_called_that(root, error, is_memory):
 
     main_in_memory = runpy.run_path(str(root / "train.py"))["main_in_memory"]
     main_in_memory.__globals__["main"] = fail
-    with pytest.raises(ValueError if is_memory else RuntimeError, match="--batch_size" if is_memory else str(error)):
+    with pytest.raises((ValueError, RuntimeError)) as raised:
         main_in_memory()
+    assert "--batch_size" in str(raised.value) if is_memory else raised.value is error
 
 
 # --- a folder that holds a run ---
@@ -250,16 +257,17 @@ def test_two_runs_at_once_in_one_folder_are_refused(start, until, train, resume,
 # --- --resume ---
 
 
-CHANGED = {"--alpha": 1, "--learning_rate": 1e-4, "--weight_decay": 0, "--optimizer": "adafactor", "--seed": 1,
-           "--block_size": 16, "--batch_size": 4, "--gradient_accumulation_steps": 2, "--eps": 1, "--dropout": 0.1,
-           "--grad_clip": 0, "--init_from": "gpt2", "--eval_iters": 3}
+CHANGED = {"--alpha": 1, "--learning_rate": 1e-4, "--weight_decay": 0, "--optimizer": "adafactor",
+           "--seed": 1, "--block_size": 16, "--batch_size": 4, "--gradient_accumulation_steps": 2, "--eps": 1,
+           "--dropout": 0.1, "--grad_clip": 0, "--init_from": "gpt2", "--eval_iters": 3}
 
 
 def test_resume_refuses_what_would_make_the_result_another(train, resume, one_line, text):
     train("--max_iters", 2)
     before = files(text / "out")
     for flag, value in CHANGED.items():
-        one_line(resume(flag, value, "--max_iters", 3, ok=False), "batch_size" if "acc" in flag else flag, status=2)
+        named = flag.replace("gradient_accumulation_steps", "batch_size")  # together a step's sequences
+        one_line(resume(flag, value, "--max_iters", 3, ok=False), named, status=2)
     with open(text / "text.txt", "a", encoding="utf-8") as file:
         file.write("more. ")
     one_line(resume("--max_iters", 3, ok=False), "data")
@@ -284,8 +292,8 @@ def test_resume_allows_what_leaves_the_result_the_same(start, until, train, resu
     process.communicate()
     (text / "first").rename(text / "renamed")
     shutil.copy(text / "text.txt", text / "same.txt")
-    out = resume("--out_dir", "renamed", "--batch_size", 2, "--gradient_accumulation_steps", 2, "--eval_interval", 3,
-                 "--log_interval", 1, "--data", "same.txt").stdout
+    out = resume("--out_dir", "renamed", "--batch_size", 2, "--gradient_accumulation_steps", 2,
+                 "--eval_interval", 3, "--data", "same.txt").stdout
     assert "resuming at step 2" in out and not (text / "first").exists()
     assert losses(text / "renamed") == pytest.approx(losses(text / "whole"), rel=2e-5)
     assert max(losses(text / "renamed")) == 4
@@ -373,22 +381,34 @@ def test_a_broken_checkpoint_folder_is_named(run_here, one_line, text, tiny, bre
 # --- flags ---
 
 
-@pytest.mark.parametrize("flags, status, culprit", [
-    (["--alpha", "-1"], 2, "--alpha"), (["--alpha", "nan"], 2, "--alpha"), (["--alpha", "1", "1"], 2, "--alpha"),
-    (["--eps", "-1"], 2, "--eps"), (["--batch_size", "0"], 2, "--batch_size"), (["--alhpa", "1"], 2, "--alhpa"),
-    (["--resume", "--out_dir", "none"], 2, "none"), (["--block_size", "4"], 2, "--block_size"),
-    (["--seed", "-1"], 2, "--seed"), (["--learning_rate", "inf"], 2, "--learning_rate"), (["--dropout", "1"], 2, "--dropout"),
-    (["--init_from", "scratch", "--tokenizer", "tiny", "--n_head", "3", "--n_embd", "32"], 2, "--n_head"),
-    (["--init_from", "scratch"], 2, "--tokenizer"),
-    (["--device", "tpu"], 1, "--device tpu"), (["--data", "missing.txt"], 1, "missing.txt"), (["--data", "."], 1, "--data ."),
-    (["--block_size", "4000"], 1, "--block_size"), (["--init_from", "gpt5"], 1, "gpt5"),
-    (["--init_from", "gpt2"], 1, "gpt2"), (["--init_from", "./gpt2"], 1, "./gpt2"), (["--counts", "text.txt"], 1, "text.txt"),
-    (["--counts", "short.npy"], 1, "short.npy"), (["--counts", "negative.npy"], 1, "negative.npy"),
-    (["--out_dir", "text.txt"], 1, "text.txt"), (["--eps", "0", "--counts", "half.npy"], 1, "eps"),
-], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
-def test_a_mistake_ends_in_one_line(train, one_line, text, flags, status, culprit):
+SCRATCH = ["--init_from", "scratch", "--tokenizer", "tiny"]
+MISTAKES = [  # flags, what the line names
+    (["--alpha", "-1"], "--alpha"), (["--alpha", "nan"], "--alpha"), (["--alpha", "1", "1"], "--alpha"),
+    (["--eps", "-1"], "--eps"), (["--batch_size", "0"], "--batch_size"), (["--alhpa", "1"], "--alhpa"),
+    (["--resume", "--out_dir", "none"], "none"), (["--block_size", "4"], "--block_size"),
+    (["--seed", "-1"], "--seed"), (["--learning_rate", "inf"], "--learning_rate"),
+    (["--dropout", "1"], "--dropout"), ([*SCRATCH, "--n_head", "3", "--n_embd", "32"], "--n_head"),
+    (SCRATCH[:2], "--tokenizer"),
+]
+NOT_THERE = [
+    (["--device", "tpu"], "--device tpu"), (["--data", "missing.txt"], "missing.txt"),
+    (["--data", "."], "--data ."), (["--block_size", "4000"], "--block_size"), (["--init_from", "gpt5"], "gpt5"),
+    (["--init_from", "gpt2"], "gpt2"), (["--init_from", "./gpt2"], "./gpt2"), (["--counts", "text.txt"], "text.txt"),
+    (["--counts", "short.npy"], "short.npy"), (["--counts", "negative.npy"], "negative.npy"),
+    (["--out_dir", "text.txt"], "text.txt"), (["--eps", "0", "--counts", "half.npy"], "eps"),
+]
+
+
+@pytest.mark.parametrize("flags, culprit", MISTAKES, ids=[" ".join(flags) for flags, _ in MISTAKES])
+def test_a_mistake_ends_in_one_line(train, one_line, text, flags, culprit):
+    one_line(train("--max_iters", 1, *flags, ok=False), culprit, status=2)
+    assert not (text / "out").exists()
+
+
+@pytest.mark.parametrize("flags, culprit", NOT_THERE, ids=[" ".join(flags) for flags, _ in NOT_THERE])
+def test_what_cannot_be_used_is_named_in_one_line(train, one_line, text, flags, culprit):
     np.save(text / "short.npy", np.ones(50257, int))
     np.save(text / "negative.npy", -np.ones(4096))
     np.save(text / "half.npy", np.arange(4096) % 2)
-    one_line(train("--max_iters", 1, *flags, ok=False), culprit, status)
+    one_line(train("--max_iters", 1, *flags, ok=False), culprit)
     assert not (text / "out/resume.pt").exists()

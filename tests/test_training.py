@@ -25,8 +25,8 @@ def train(run_here, small, text):
 
 def test_count_train_sample(run, small, text, log, report, tiny):
     run("count.py", "text.txt", "--tokenizer", tiny, "-o", "counts.npy", cwd=text)
-    out = run("train.py", *small, "--counts", "counts.npy", "--max_iters", 6, "--batch_size", 4, "--eval_interval", 3,
-              cwd=text).stdout
+    flags = "--counts", "counts.npy", "--max_iters", 6, "--batch_size", 4, "--eval_interval", 3
+    out = run("train.py", *small, *flags, cwd=text).stdout
     assert "cross-entropy, nats" in out and "distinct_1" in out
     assert report(text / "out")["after"]["val_ce"] < report(text / "out")["before"]["val_ce"]
     entries = log(text / "out")
@@ -42,7 +42,8 @@ def test_count_train_sample(run, small, text, log, report, tiny):
 
 def test_one_step_is_one_step_on_eq_5(train, text, tiny, tokenizer, log):
     """One step of train.py is one AdamW step on Eq. 5, written out here with full logits."""
-    train("--max_iters", 1, "--batch_size", 8, "--alpha", 1, "--warmup_iters", 0, "--grad_clip", 0, "--weight_decay", 0)
+    train("--max_iters", 1, "--batch_size", 8, "--alpha", 1, "--warmup_iters", 0, "--grad_clip", 0,
+          "--weight_decay", 0)
     corpus = count.open_corpus(text / "text.txt", tokenizer, 32, text / "cache")
     x, y = map(torch.from_numpy, corpus.batch(np.random.default_rng((1337, 0)), 8))
     w = pdl_weights(corpus.train_counts(4096), 1.0)[y]
@@ -54,7 +55,7 @@ def test_one_step_is_one_step_on_eq_5(train, text, tiny, tokenizer, log):
     loss.backward()
     optimizer.step()
     for a, b in zip(GPT.from_pretrained(text / "out").parameters(), model.parameters()):
-        # Adam's first step is lr * sign(gradient): of a gradient that is nothing (the keys' bias), of its rounding.
+        # Adam's first step is lr * sign(gradient): where that is nothing (the keys' bias), of its rounding.
         clear = b.grad.abs() > 1e-5
         torch.testing.assert_close(a[clear], b[clear], rtol=0, atol=1e-6)
     assert (model.wte.weight.grad.abs() > 1e-5).float().mean() > 0.2
@@ -64,7 +65,7 @@ def test_one_step_is_one_step_on_eq_5(train, text, tiny, tokenizer, log):
 
 
 def test_the_same_training_however_it_is_split(train, two_ranks, run, small, text, log, report):
-    """One micro-step or three, one process or two, torchrun with no other flag: batches, losses, figures, weights."""
+    """One micro-step or three, one process or two, torchrun with no other flag: losses, figures, weights."""
     flags = "--max_iters", 3, "--alpha", 1, "--learning_rate", 1e-3, "--eval_iters", 1
     # Nine sequences, to train on and to measure on: five for one process and four for the other.
     one_step, micro_steps = ["--batch_size", 9], ["--batch_size", 3, "--gradient_accumulation_steps", 3]
@@ -79,8 +80,8 @@ def test_the_same_training_however_it_is_split(train, two_ranks, run, small, tex
         parts = log(text / name)
         assert len(parts) == len(whole) == 5
         for key in "iter", "loss", "lr", "val_ce", "val_pdl":
-            expected = [entry[key] for entry in whole if key in entry]
-            assert [entry[key] for entry in parts if key in entry] == pytest.approx(expected, rel=2e-5), (name, key)
+            found, expected = ([e[key] for e in entries if key in e] for entries in (parts, whole))
+            assert found == pytest.approx(expected, rel=2e-5), (name, key)
         before, after = (report(text / folder)["before"] for folder in ("whole", name))
         for key in "accuracy", "bits_per_byte", "ce_by_band", "share_of_text", "uncounted":
             assert after[key] == pytest.approx(before[key], rel=1e-5), (name, key)
@@ -132,11 +133,12 @@ def test_the_warning_names_the_tokens_with_the_most_weight(train, text, tokenize
 
 def test_pairs_are_learned_and_end(run_here, pairs, tiny, report):
     run_here("train.py", "--init_from", tiny, "--data", "pairs.jsonl", "--block_size", 32, "--max_iters", 50,
-             "--learning_rate", 4e-3, "--alpha", 0, "--batch_size", 8, "--eval_interval", 50, "--log_interval", 50,
-             "--device", "cpu", cwd=pairs)
+             "--learning_rate", 4e-3, "--alpha", 0, "--batch_size", 8, "--device", "cpu", cwd=pairs)
     assert report(pairs / "out")["after"]["val_ce"] < 0.5 * report(pairs / "out")["before"]["val_ce"]
-    out = run_here("sample.py", "--prompt", "Question 12:", "--temperature", 0, "--num_samples", 1, cwd=pairs).stdout
-    assert "the answer is" in out and "Question" not in out.replace("Question 12", "")  # it stopped at <|endoftext|>
+    flags = "--prompt", "Question 12:", "--temperature", 0, "--num_samples", 1
+    out = run_here("sample.py", *flags, cwd=pairs).stdout
+    # It stopped at <|endoftext|>.
+    assert "the answer is" in out and "Question" not in out.replace("Question 12", "")
 
 
 def test_an_end_of_text_is_never_uncounted(train, pairs, text, tokenizer):
@@ -158,8 +160,8 @@ def test_the_first_lines_say_how_pairs_were_understood(train, pairs):
 
 
 def test_without_a_network_it_trains_tiny_and_says_so(run_here, text):
-    out = run_here("train.py", "--max_iters", 1, "--batch_size", 1, "--block_size", 32, "--eval_iters", 1, "--device", "cpu",
-                   cwd=text).stdout
+    out = run_here("train.py", "--max_iters", 1, "--batch_size", 1, "--block_size", 32, "--eval_iters", 1,
+                   "--device", "cpu", cwd=text).stdout
     lines = out.splitlines()
     notes = [line for line in lines if line.startswith("NOTE")]
     assert notes == [lines[0], lines[-1]] and all("tiny/" in line and "gpt2" in line for line in notes)
@@ -174,7 +176,8 @@ def test_the_last_lines_name_the_criterion(train):
 
 
 def test_it_is_said_when_no_step_was_better_than_the_start(train):
-    verdict = next(line for line in train("--max_iters", 1, "--learning_rate", 0).splitlines() if "weights of step" in line)
+    lines = train("--max_iters", 1, "--learning_rate", 0).splitlines()
+    verdict = next(line for line in lines if "weights of step" in line)
     assert "cross-entropy" in verdict and "before training" in verdict and "--learning_rate" in verdict
 
 
@@ -233,7 +236,8 @@ def test_an_interrupted_series_goes_on_where_it_was(train, start, until, run_her
     rows = table_rows(out)
     assert list(rows) == list(expected)
     for name in "0", "0.5":
-        assert list(map(float, rows[name][1:5])) == pytest.approx(list(map(float, expected[name][1:5])), abs=2e-3)
+        found, of_the_whole = ([float(cell) for cell in table[name][1:5]] for table in (rows, expected))
+        assert found == pytest.approx(of_the_whole, abs=2e-3)
 
 
 def test_a_series_that_lacks_its_last_run_makes_it(train, run_here, text):
