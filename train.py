@@ -117,7 +117,8 @@ def load_model(args, folder, machine):
     """The model, on its device, and its tokenizer."""
     tokenizer = count.load_tokenizer(folder)
     if args.init_from == "scratch" and not is_run(folder):
-        model = GPT(GPTConfig(tokenizer.n_vocab, args.block_size, args.n_embd, args.n_layer, args.n_head))
+        model = GPT(GPTConfig(tokenizer.n_vocab, args.block_size, args.n_embd, args.n_layer, args.n_head,
+                              eos_token_id=tokenizer.eot_token))
     else:
         model = GPT.from_pretrained(folder)
     vocab_size, window = model.config.vocab_size, model.config.n_positions
