@@ -95,7 +95,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         # True: recompute in the backward pass what is inside the MLPs, half of what a block keeps for it, and
-        # cheap to have again. GPT-2 124M, 4 x 512, float32, on a CPU: 3.30 instead of 3.66 GB for 6% more time
+        # cheap to have again. GPT-2 124M, 4 x 512, float32 on a CPU: 3.30 instead of 3.66 GB for 6% more time
         # (recomputing whole blocks: 3.26 GB, 15%).
         self.activation_checkpointing = False
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)

@@ -184,6 +184,15 @@ def in_words(report):
     return f"Held-out text is predicted, compared with before training: {', '.join(told)}."
 
 
+def which_weights(report, folder):
+    """Which weights were kept, and by what criterion."""
+    before, after = report["before"]["val_ce"], report["after"]["val_ce"]
+    kept = f"{folder}/ has the weights of step {report['after']['iter']}, best by plain cross-entropy"
+    if after < before:
+        return kept
+    return f"{kept}; but it was better before training ({before:.3f}): try a lower --learning_rate or --alpha"
+
+
 def table_of_series(reports):
     """Runs at several alphas side by side, and the real text's measures."""
 

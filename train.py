@@ -56,7 +56,8 @@ def main():
             break
         reports.append(report)
         if machine.rank == 0:
-            print(f"\n{sample.table_of_run(report)}\n\n{sample.in_words(report)}\n{verdict(report, folder)}\n")
+            print("", sample.table_of_run(report), "", sample.in_words(report), sep="\n")
+            print(sample.which_weights(report, folder) + "\n")
     else:
         if series and machine.rank == 0:
             print(sample.table_of_series(reports) + "\n")
@@ -246,15 +247,6 @@ def claim(folder, resume):
 
 def write_json(path, content):
     replace(path, lambda part: part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
-
-
-def verdict(report, folder):
-    """Which weights were kept, and by what criterion."""
-    before, after = report["before"]["val_ce"], report["after"]["val_ce"]
-    kept = f"{folder}/ has the weights of step {report['after']['iter']}, best by plain cross-entropy"
-    if after < before:
-        return kept
-    return f"{kept}; but it was better before training ({before:.3f}): try a lower --learning_rate or --alpha"
 
 
 class Run:
