@@ -111,7 +111,8 @@ def find_model(args):
     except OSError as error:
         if args.init_from:
             raise
-        return TINY, f"NOTE: {str(error).split(':')[0]}; tiny/, 4 million parameters, takes its place"
+        why = str(error).partition(": connect")[0]
+        return TINY, f"NOTE: {why}; tiny/, 4 million parameters, takes its place"
 
 
 def load_model(args, folder, machine):
@@ -124,7 +125,8 @@ def load_model(args, folder, machine):
         model = GPT.from_pretrained(folder)
     vocab_size, window = model.config.vocab_size, model.config.n_positions
     if vocab_size != tokenizer.n_vocab:
-        raise ValueError(f"{folder}: config.json has {vocab_size:,} tokens, its tokenizer not")
+        raise ValueError(f"{folder}: config.json says {vocab_size:,} tokens, its tokenizer has "
+                         f"{tokenizer.n_vocab:,}: they must be of one model")
     if args.block_size > window:
         raise ValueError(f"--block_size {args.block_size} is beyond the model's context window of {window}")
     model.set_dropout(args.dropout)
