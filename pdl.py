@@ -103,9 +103,9 @@ def _check(shape, vocab_size, targets, weights, reduction):
 # That was the method. What follows computes the same in less memory.
 
 # linear_pdl_loss holds at most this many logits at a time: 667 rows of GPT-2's 50,257. Fewer starve the
-# matrix product, and each chunk costs a pass over lm_head's gradient; more take memory and gain nothing. On two
-# CPU cores with AMX, 4096 x 768 -> 50257 took, forward and backward, 3.82 s with 128 rows, 3.51 with 667 and
-# 3.38 with 2048 in float32, and 1.56, 0.92 and 1.00 in bfloat16; without AMX, 667 is best. (GPUs: not measured.)
+# matrix product, and each chunk costs a pass over lm_head's gradient; more take memory and gain nothing. On
+# two CPU cores with AMX, 4096 x 768 -> 50257 took, forward and backward, 3.82 s with 128 rows, 3.51 with 667
+# and 3.38 with 2048 in float32; 1.56, 0.92 and 1.00 in bfloat16. Without AMX, 667 is best. (No GPU measured.)
 CHUNK_LOGITS = 2**25
 
 

@@ -4,9 +4,9 @@ What the project's speed and memory are against what people use today, measured 
     python tests/bench.py [loss] [training] [sampling] [counting] [runs]
 
 Every measurement is a process of its own, so that its peak memory is its own. A pair is measured in turn,
-three times, and the medians are shown; whole runs, which take minutes, once. The models have GPT-2's sizes and
-random weights, which are as fast as trained ones; nothing is downloaded. Peaks are of the GPU's memory where
-there is one, else of the process (on Windows they are not known).
+three times, and the medians are shown; whole runs, which take minutes, once. The models have GPT-2's sizes
+and random weights, which are as fast as trained ones; nothing is downloaded. Peaks are of the GPU's memory
+where there is one, else of the process (on Windows they are not known).
 """
 
 import importlib.util
@@ -259,7 +259,8 @@ def main():
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         name = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), name)
     bfloat16 = "with" if BEST_DTYPE == torch.bfloat16 else "without"
-    print(f"{name} {bfloat16} bfloat16, {torch.get_num_threads()} threads, torch {torch.__version__}\n", flush=True)
+    threads = torch.get_num_threads()
+    print(f"{name} {bfloat16} bfloat16, {threads} threads, torch {torch.__version__}\n", flush=True)
     if tabled := [kind for kind in kinds if kind != "runs"]:
         side_by_side(tabled)
     if "runs" in kinds:
