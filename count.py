@@ -522,8 +522,8 @@ def at_least(minimum, kind=int, below=float("inf")):
     def parse(text):
         value = kind(text)
         if not minimum <= value < below:
-            limit = "finite" if below == float("inf") else f"below {below:g}"
-            raise argparse.ArgumentTypeError(f"{text} must be at least {minimum} and {limit}")
+            limit = "" if kind is int else " and finite" if below == float("inf") else f" and below {below}"
+            raise argparse.ArgumentTypeError(f"must be at least {minimum}{limit}, not {text}")
         return value
 
     parse.__name__ = kind.__name__  # which argparse names for what is no number
