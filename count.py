@@ -20,7 +20,6 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 import time
 import zlib
 from collections import deque
@@ -45,7 +44,7 @@ PIECE = 1 << 18  # characters tokenized at a time; 500,000 spaces in one overflo
 def tokenizer_folder(name_or_folder):
     """The folder of a tokenizer, as checkpoint_folder finds that of a model; it need not hold one."""
     released = isinstance(name_or_folder, str) and re.fullmatch(RELEASED, name_or_folder)
-    if not released and any(Path(name_or_folder, file).exists() for file in TOKENIZER_FILES):
+    if not released and any(Path(name_or_folder, file).exists() for file in ("vocab.json", "tokenizer.json")):
         return Path(name_or_folder)
     from model import checkpoint_folder  # imports torch: slow, and a folder does not need it
 
@@ -64,8 +63,10 @@ def load_tokenizer(name_or_folder):
             vocab, special = json.loads((folder / "vocab.json").read_bytes()), {}
             lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
             merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-        else:
+        elif (folder / "tokenizer.json").exists():
             vocab, merges, special = _read_tokenizer_json(folder / "tokenizer.json")
+        else:
+            raise ValueError("neither vocab.json with merges.txt is there nor tokenizer.json")
         # A byte is written as the character that it is, where that can be seen, else as one from 256 on.
         seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
         byte_of = dict(zip(map(chr, seen), seen))
@@ -75,9 +76,10 @@ def load_tokenizer(name_or_folder):
             raise ValueError("its ids are not in the order of its merges")  # in which tiktoken merges
         ranks = {bytes(byte_of[c] for c in token): vocab[token] for token in (*byte_of, *merged)}
         ordinary = set(ranks.values())
-        special |= {token: i for token, i in vocab.items() if i not in ordinary}
-        if END_OF_TEXT not in special:
-            raise ValueError(f"it has no {END_OF_TEXT}")
+        rest = {token: i for token, i in vocab.items() if i not in ordinary and token not in special}
+        special[END_OF_TEXT] = rest.pop(END_OF_TEXT, None) or special[END_OF_TEXT]
+        if rest:
+            raise ValueError(f"its merges do not make {len(rest):,} of its tokens, such as {ascii(next(iter(rest)))}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
         raise ValueError(f"{folder} holds no GPT-2 tokenizer, the only kind known here: {reason}") from None
@@ -270,18 +272,16 @@ def open_corpus(path, tokenizer, block_size, cache):
 @contextlib.contextmanager
 def _written_whole(folder):
     """A folder to write to, renamed to its place at the end, so that no process ever reads a part of it."""
-    part = None
+    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(".part", dir=folder.parent))
+        part.mkdir(parents=True, exist_ok=True)
         yield part
         part.rename(folder)
     except OSError as error:
         if not folder.exists():  # else another process was faster, and wrote the same
             raise ValueError(f"{folder} cannot be written ({error.strerror or error})") from None
     finally:
-        if part:
-            shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def _write_pairs(folder, path, tokenizer, block_size, dtype):

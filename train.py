@@ -43,8 +43,8 @@ def main():
     machine = Machine(args)
     out, series = Path(args.out_dir), len(args.alpha) > 1
     folders = [out / f"alpha-{alpha:g}" if series else out for alpha in args.alpha]
-    if machine.rank == 0:
-        locked = claim(out, args.resume)  # noqa: F841 (locked for as long as this process lives)
+    locked = []  # for as long as this process lives
+    machine.once(lambda: locked.append(claim(out, args.resume)))
     source, note = None, None
     if not all(is_run(folder) for folder in folders):
         source, note = machine.once(lambda: find_model(args))
@@ -230,7 +230,8 @@ def claim(folder, resume):
         raise ValueError(f"--out_dir {folder} is a file: name a folder")
     folder.mkdir(parents=True, exist_ok=True)
     for path in (folder, *folder.glob("alpha-*")):
-        if (is_run(path) or (path / "config.json").exists()) and not resume:
+        model = (path / "config.json").exists() and not (path / "args.json").exists()
+        if (is_run(path) or model) and not resume:
             raise ValueError(f"{path}/ holds a run or a model: --resume it, or name another --out_dir")
     file = open(folder / ".lock", "w", encoding="utf-8")
     try:
@@ -529,20 +530,26 @@ class Machine:
         return rows.tensor_split(self.world_size)[self.rank]
 
     def once(self, function):
-        """What function returns, called in the first process alone."""
-        result = [function() if self.rank == 0 else None]
+        """What function returns, or the error it raises, called in the first process alone."""
+        result, error = None, None
+        if self.rank == 0:
+            try:
+                result = function()
+            except (OSError, ValueError) as raised:
+                error = raised
         if self.world_size > 1:
-            dist.broadcast_object_list(result, 0)
-        return result[0]
+            told = [result, error]
+            dist.broadcast_object_list(told, 0)
+            result, error = told
+        if error:
+            raise error
+        return result
 
     def first(self, function):
         """What function returns, called in the first process before the others: it fills their caches."""
-        if self.rank > 0:
-            dist.barrier()
-        result = function()
-        if self.rank == 0 and self.world_size > 1:
-            dist.barrier()
-        return result
+        mine = []
+        self.once(lambda: mine.append(function()))
+        return mine[0] if mine else function()
 
     def sum(self, tensor):
         """The sum of a tensor over all processes, in its place."""
