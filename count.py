@@ -79,7 +79,7 @@ def load_tokenizer(name_or_folder):
         rest = {token: i for token, i in vocab.items() if i not in ordinary and token not in special}
         special[END_OF_TEXT] = rest.pop(END_OF_TEXT, None) or special[END_OF_TEXT]
         if rest:
-            raise ValueError(f"its merges do not make {len(rest):,} of its tokens, such as {ascii(next(iter(rest)))}")
+            raise ValueError(f"its merges do not make {len(rest):,} of its tokens, as {ascii(next(iter(rest)))}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
         raise ValueError(f"{folder} holds no GPT-2 tokenizer, the only kind known here: {reason}") from None
