@@ -1,12 +1,12 @@
 """
-What PDL does to a model, measured: finetunes tiny/ over alpha, seeds, texts, settings; writes assets/results.md.
+What PDL does to a model, measured: finetunes tiny/ over alpha, seeds, texts; writes assets/results.md.
 
     python tests/study.py             # the runs that assets/study.json has not yet; then the tables
     python tests/study.py --tables    # only the tables
     python tests/study.py --figure    # draws assets/study.svg; needs matplotlib
 
-Each run is a train.py of its own, 200 steps, and what its report.json says is one entry. Both texts come with
-Python, so that everybody has them, in the version of their Python: its language reference, and, for conditional
+Each run is a train.py of its own, 200 steps, and what its report.json says is one entry. Both texts come
+with Python, so that everybody has them, in their version of it: its language reference, and, for conditional
 generation, the standard library's functions, the body to be written from signature and docstring.
 """
 
@@ -262,9 +262,9 @@ def results_page(results):
         return [[n, *(f"{of(results[n]):.{digits}f}" for of, digits in COLUMNS.values())] for n in names]
 
     page += (
-        "## Two runs again\n\nAll other runs on this page are of an earlier version, with bfloat16 products. Two of "
-        "them again, with this one, in float32.\nIt draws samples in another way, and of pairs that are longer than "
-        "a sequence it cuts the prompt.\n\n"
+        "## Two runs again\n\nAll other runs on this page are of an earlier version, with bfloat16 products. "
+        "Two of them again, with this one, in float32.\nIt draws samples in another way, and of pairs that are "
+        "longer than a sequence it cuts the prompt.\n\n"
     )
     again = [f"{text}, alpha {alpha}, seed {seed}" for text, alpha, seed in AGAIN]
     page += table(["run", *COLUMNS], rows(name + which for name in again for which in ("", ", again")))
