@@ -263,7 +263,7 @@ def results_page(results):
 
     page += (
         "## Two runs again\n\nAll other runs on this page are of an earlier version, with bfloat16 products. "
-        "Two of them again, with this one, in float32.\nIt draws samples in another way, and of pairs that are "
+        "Two of them again, with this one, in float32.\nIt draws samples differently, and of pairs that are "
         "longer than a sequence it cuts the prompt.\n\n"
     )
     again = [f"{text}, alpha {alpha}, seed {seed}" for text, alpha, seed in AGAIN]
