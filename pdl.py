@@ -103,9 +103,9 @@ def _check(shape, vocab_size, targets, weights, reduction):
 # That was the method. What follows computes the same in less memory.
 
 # linear_pdl_loss holds at most this many logits at a time: 667 rows of GPT-2's 50,257. Fewer starve the
-# matrix product, and each chunk costs a pass over lm_head's gradient; more take memory and gain nothing. On
-# two CPU cores with AMX, 4096 x 768 -> 50257 took, forward and backward, 3.82 s with 128 rows, 3.51 with 667
-# and 3.38 with 2048 in float32; 1.56, 0.92 and 1.00 in bfloat16. Without AMX, 667 is best. (No GPU measured.)
+# matrix product, and each chunk costs a pass over lm_head's gradient; more take memory and gain little. On two
+# CPU cores, 4096 x 768 -> 50257 took, forward and backward, with 128, 667 and 2048 rows 7.5, 6.5 and 6.4 s in
+# float32; with AMX 3.8, 3.5 and 3.4, and in bfloat16 1.6, 0.9 and 1.0. (Not measured on a GPU.)
 CHUNK_LOGITS = 2**25
 
 
