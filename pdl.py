@@ -104,7 +104,7 @@ def _check(shape, vocab_size, targets, weights, reduction):
 
 # linear_pdl_loss holds at most this many logits at a time: 667 rows of GPT-2's 50,257. Fewer starve the
 # matrix product, and each chunk costs a pass over lm_head's gradient; more take memory and gain little.
-# Seconds for 4096 x 768 -> 50257, forward and backward, on two CPU cores with 128, 667 and 2048 rows: 7.5, 6.5
+# Seconds at 4096 x 768 -> 50257, forward and backward, on two CPU cores, of 128, 667 and 2048 rows: 7.5, 6.5
 # and 6.4 in float32; with AMX 3.8, 3.5 and 3.4, in bfloat16 1.6, 0.9 and 1.0. (Not measured on a GPU.)
 CHUNK_LOGITS = 2**25
 
