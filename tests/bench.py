@@ -197,7 +197,6 @@ SMALL = "--batch_size 4 --gradient_accumulation_steps 4"
 RUNS = [
     "--batch_size 4 --block_size 512",
     "",
-    f"--{'no-' if CHECKPOINTING else ''}activation_checkpointing",
     f"--optimizer adafactor --activation_checkpointing {SMALL}",
 ]
 
