@@ -77,9 +77,12 @@ def load_tokenizer(name_or_folder):
         ranks = {bytes(byte_of[c] for c in token): vocab[token] for token in (*byte_of, *merged)}
         ordinary = set(ranks.values())
         rest = {token: i for token, i in vocab.items() if i not in ordinary and token not in special}
-        special[END_OF_TEXT] = rest.pop(END_OF_TEXT, None) or special[END_OF_TEXT]
+        if END_OF_TEXT in rest:
+            special[END_OF_TEXT] = rest.pop(END_OF_TEXT)
+        if END_OF_TEXT not in special:
+            raise ValueError(f"it has no {END_OF_TEXT}")
         if rest:
-            raise ValueError(f"its merges do not make {len(rest):,} of its tokens, as {ascii(next(iter(rest)))}")
+            raise ValueError(f"its merges do not make {len(rest):,} of its tokens: {ascii(next(iter(rest)))}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
         raise ValueError(f"{folder} holds no GPT-2 tokenizer, the only kind known here: {reason}") from None
@@ -480,9 +483,11 @@ def load_counts(files, n_vocab):
             whose = {50257: "GPT-2's", 4096: "tiny/'s"}.get(len(counts), "another")
             raise ValueError(f"--counts {path} has {len(counts):,} entries, as of {whose} tokenizer, but the "
                              f"model's has {n_vocab:,}: count again with count.py --tokenizer")
-        if not (np.isfinite(counts) & (counts >= 0)).all() or not counts.any():
-            raise ValueError(f"--counts {path} must hold finite numbers, none of them negative and not all 0")
-        total = total + scale * counts.astype(np.float64 if counts.dtype.kind == "f" else np.int64)
+        counts = counts.astype(np.float64 if counts.dtype.kind == "f" else np.int64)
+        valid = (np.isfinite(counts) & (counts >= 0)).all() and counts.any() and 0 < scale < float("inf")
+        if not valid:
+            raise ValueError(f"--counts {file} must give finite numbers, none of them negative and not all 0")
+        total = total + scale * counts
     return total
 
 

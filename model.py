@@ -176,6 +176,7 @@ class GPT(nn.Module):
                 if temperature == 0:
                     idx[:, end] = logits.argmax(-1)
                 else:
+                    logits -= logits.max(-1, keepdim=True).values  # a tiny temperature makes none infinite
                     idx[:, end] = _draw(_truncate(logits / temperature, top_k, top_p).softmax(-1))
         finally:
             torch.backends.mkldnn.enabled = onednn

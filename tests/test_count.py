@@ -68,6 +68,15 @@ def test_a_tokenizer_saved_by_transformers_5_opens(root):
     assert load_tokenizer(folder).encode_ordinary(golden["text"]) == golden["tokens"]
 
 
+def test_an_end_of_text_may_be_the_first_token(tmp_path, tiny):
+    vocab = json.loads((tiny / "vocab.json").read_bytes())
+    first = {"<|endoftext|>": 0} | {token: i + 1 for token, i in vocab.items() if token != "<|endoftext|>"}
+    (tmp_path / "vocab.json").write_text(json.dumps(first), encoding="utf-8")
+    (tmp_path / "merges.txt").write_bytes((tiny / "merges.txt").read_bytes())
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.eot_token == 0 and tokenizer.decode(tokenizer.encode_ordinary("one two")) == "one two"
+
+
 def prefix_space(content):
     content["pre_tokenizer"]["add_prefix_space"] = True
 
@@ -255,6 +264,13 @@ def test_counts_are_scaled_and_added(text):
 def test_counts_of_few_bits_do_not_overflow(tmp_path):
     np.save(tmp_path / "a.npy", np.array([65_535, 1], np.uint16))
     assert load_counts([str(tmp_path / "a.npy")] * 2, 2).tolist() == [131_070, 2]
+
+
+@pytest.mark.parametrize("scale", ["-1", "0", "1e400", "nan"])
+def test_a_scale_that_makes_no_counts_is_refused(tmp_path, scale):
+    np.save(tmp_path / "a.npy", np.arange(4))
+    with pytest.raises(ValueError, match="a.npy"):
+        load_counts([f"{tmp_path}/a.npy:{scale}"], 4)
 
 
 @pytest.mark.parametrize("counts", [

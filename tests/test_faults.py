@@ -394,7 +394,8 @@ MISTAKES = [  # flags, what the line names
 NOT_THERE = [
     (["--device", "tpu"], "--device tpu"), (["--data", "missing.txt"], "missing.txt"),
     (["--data", "."], "--data ."), (["--block_size", "4000"], "--block_size"),
-    (["--init_from", "gpt5"], "gpt5"), (["--init_from", "gpt2"], "gpt2"), (["--init_from", "./gpt2"], "./gpt2"),
+    (["--init_from", "gpt5"], "gpt5"), (["--init_from", "gpt2"], "gpt2"),
+    (["--init_from", "./gpt2"], "./gpt2"),
     (["--counts", "text.txt"], "text.txt"), (["--counts", "short.npy"], "short.npy"),
     (["--counts", "negative.npy"], "negative.npy"), (["--out_dir", "text.txt"], "text.txt"),
     (["--eps", "0", "--counts", "half.npy"], "eps"),

@@ -148,6 +148,12 @@ def test_tokens_are_drawn_as_often_as_they_are_likely():
     assert (drawn > 0).tolist() == (p > 0).tolist()
 
 
+def test_the_lower_the_temperature_the_likelier_the_token():
+    model, idx = GPT.from_pretrained(GOLDEN).eval(), torch.tensor([[1, 2, 3]])
+    for temperature in 1e-4, 1e-38:
+        assert torch.equal(model.generate(idx, 5, temperature), model.generate(idx, 5, temperature=0))
+
+
 def test_logit_bias_is_added_before_temperature():
     model = GPT.from_pretrained(GOLDEN).eval()
     idx = torch.tensor([[1, 2, 3]])
