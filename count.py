@@ -107,7 +107,7 @@ def _read_tokenizer_json(path):
 def format_of(path):
     """"pairs" for JSON Lines, "text" for all else, gzipped or not. Another format has its place here."""
     name = str(path).removesuffix(".gz")
-    if name.endswith(".json"):
+    if name.endswith((".json", ".csv", ".tsv", ".parquet")):
         raise ValueError(f'{path}: pairs come as .jsonl, {{"prompt": "...", "completion": "..."}} a line')
     return "pairs" if name.endswith(".jsonl") else "text"
 

@@ -491,13 +491,14 @@ def pick_dtype(name, device):
     return torch.bfloat16 if fast else torch.float32
 
 
-def sampling_dtype(name, device, batch_size):
+def sampling_dtype(name, device, single_rows):
     """The torch.dtype to move a model to before generate, for a --dtype flag.
 
-    auto: as in pick_dtype. But a single sequence on a CPU waits for the weights to be read, not for products:
-    half the bytes take half the time, also without hardware for bfloat16; there, float16 is the faster one.
+    auto: as in pick_dtype. But where generate computes single rows (one sequence, a short prompt, not past
+    the context window), a CPU waits for the weights to be read, not for products: half the bytes take half
+    the time, also without hardware for bfloat16; there, float16 is the faster one.
     """
     dtype = pick_dtype(name, device)
-    if name == "auto" and device.type == "cpu" and batch_size == 1 and dtype == torch.float32:
+    if name == "auto" and device.type == "cpu" and single_rows and dtype == torch.float32:
         return torch.float16
     return dtype

@@ -97,7 +97,7 @@ def summarize(scores, weights, counts, bands, tokenizer):
         "val_ce": (ce.sum() / n.sum()).item(),
         "val_pdl": ((w * ce).sum() / (w * n).sum().clamp(min=1e-30)).item(),
         "uncounted": int(n[~counted].sum()),
-        "bits_per_byte": (ce.sum() / (n * n_bytes).sum() / math.log(2)).item(),
+        "bits_per_byte": (ce.sum() / (n * n_bytes).sum().clamp(min=1) / math.log(2)).item(),
         "accuracy": (correct.sum() / n.sum()).item(),
         "ce_by_band": by_band(ce),
         "accuracy_by_band": by_band(correct),
@@ -166,7 +166,7 @@ def table_of_run(report):
         ce = f"{b:8.3f}{a:9.3f}{a - b:+10.3f}"
         lines.append(f"{name:<18}{shares[0]:9.1%}{shares[1]:10.1%}   {ce}   {c:9.1%}{d:9.1%}")
     lines.append(f"bits per byte {before['bits_per_byte']:.3f} before, {after['bits_per_byte']:.3f} after")
-    lines.append(f"* of the weights w(t) in the training text at alpha {alpha:g}; at alpha 0, of the text")
+    lines.append(f"* of the weights w(t) in the training text at alpha {alpha:g} (at 0 they are all 1)")
     text = report["text"]
     title = f"{report['n_samples']} held-out openings, continued"
     lines.append(f"\n{title:<34}" + "".join(f"{name:>10}" for name in text))
@@ -194,19 +194,22 @@ def which_weights(report, folder):
 
 
 def table_of_series(reports):
-    """Runs at several alphas side by side, and the real text's measures."""
+    """Runs at several alphas side by side; what they started from, and the real text's measures."""
 
     def of_text(measured):
         return f"{measured['rare_share']:12.1%}{measured['distinct_2']:12.3f}{measured['repeated_4']:12.3f}"
 
     lines = ["               held-out cross-entropy, nats          top-1           the text it writes",
              "alpha          all  frequent    middle      rare  accuracy  rare share  distinct-2  repeated-4"]
+    results = [("before", reports[0]["before"], "")]
     for report in reports:
-        after, text = report["after"], report["text"]["sampled"]
-        ce = [after["val_ce"], *(after["ce_by_band"].get(name, math.nan) for name in BANDS)]
-        lines.append(f"{report['alpha']:<8g}" + "".join(f"{x:10.3f}" for x in ce)
-                     + f"{after['accuracy']:10.1%}" + of_text(text))
+        text = report["text"]["sampled"] | {"repeated_4": report["text"]["greedy"]["repeated_4"]}
+        results.append((f"{report['alpha']:g}", report["after"], of_text(text)))
+    for name, result, text in results:
+        ce = [result["val_ce"], *(result["ce_by_band"].get(band, math.nan) for band in BANDS)]
+        lines.append(f"{name:8}" + "".join(f"{x:10.3f}" for x in ce) + f"{result['accuracy']:10.1%}" + text)
     lines.append(f"{'the text':58}" + of_text(reports[0]["text"]["the text"]))
+    lines.append("\nThe text they write is sampled at temperature 1, the last column greedy; best is near the text.")
     return "\n".join(lines)
 
 
@@ -224,7 +227,7 @@ def main():
     p.add_argument("--prompt", default="\n", help='text to go on from, FILE:path for that of a file, - for '
                    'standard input, "" for the beginning of a text (default: a line end)')
     flag("num_samples", 3, "drawn side by side", at_least(1))
-    flag("max_new_tokens", 200, "in each", at_least(1))
+    flag("max_new_tokens", 200, "in each; past the model's context window they take long", at_least(1))
     flag("temperature", 0.8, "below 1 safer, above 1 wilder, 0 always the likeliest", at_least(0, float))
     flag("top_k", None, "draw among the k likeliest tokens", at_least(1))
     flag("top_p", 0.95, "draw among the likeliest tokens with this probability together", at_least(0, float))
@@ -249,9 +252,11 @@ def main():
     if args.counts:
         bias = shift(load_counts(args.counts, tokenizer.n_vocab), args.shift).to(device)
     model = GPT.from_pretrained(args.init_from).eval()
-    model.to(device, sampling_dtype(args.dtype, device, args.num_samples))
     eot = tokenizer.eot_token
-    prompts = [tokenizer.encode_ordinary(prompt) or [eot]] * args.num_samples
+    tokens = tokenizer.encode_ordinary(prompt) or [eot]
+    within = len(tokens) <= min(args.max_new_tokens, model.config.n_positions - args.max_new_tokens)
+    model.to(device, sampling_dtype(args.dtype, device, single_rows=args.num_samples == 1 and within))
+    prompts = [tokens] * args.num_samples
     how = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p")} | {"logit_bias": bias}
     for sample in write(model, prompts, args.max_new_tokens, eot, args.seed, **how):
         print(prompt + tokenizer.decode(sample))

@@ -61,8 +61,8 @@ def main():
     else:
         if series and machine.rank == 0:
             print(sample.table_of_series(reports) + "\n")
-        where = "" if folders[-1] == Path("out") else f" --init_from {folders[-1]}"
-        machine.say(f"now: python sample.py{where}")
+        where = "" if folders[0] == Path("out") else f" --init_from {folders[0]}"
+        machine.say(f"now: python sample.py{where}{', or another of them' * series}")
         machine.say(note and "NOTE: this was tiny/, not gpt2")
     if machine.world_size > 1:
         dist.destroy_process_group()
@@ -306,15 +306,17 @@ class Run:
         """The first screen: the model, the data, the loss, the length of the run."""
         args, machine, say = self.args, self.machine, self.machine.say
         size = sum(p.numel() for p in self.model.parameters()) / 1e6
-        mass = self.corpus.train_counts(len(self.weights)) * self.weights.double().numpy()
-        share = {name: mass[self.bands == i].sum() / mass.sum() for i, name in enumerate(count.BANDS)}
-        self.share_of_weight = share
+        text = self.corpus.train_counts(len(self.weights))
+        mass = text * self.weights.double().numpy()
+        of_text, self.share_of_weight = ({name: share[self.bands == i].sum() / share.sum()
+                                          for i, name in enumerate(count.BANDS)} for share in (text, mass))
         dtype = str(machine.dtype).removeprefix("torch.")
         processes = f", {machine.world_size} processes" if machine.world_size > 1 else ""
         say(f"model: {Path(source).name}, {size:.1f}M parameters, {machine.device.type}, {dtype}{processes}")
         say(f"data:  {self.corpus.description}")
-        say(f"loss:  PDL, alpha {self.alpha:g}, eps {args.eps:g}: frequent tokens, half of the text, have "
-            f"{share['frequent']:.0%} of the weight, rare ones, a tenth of it, {share['rare']:.0%}")
+        told = (f"{name} tokens, {of_text[name]:.0%} of the text, have {self.share_of_weight[name]:.0%} of "
+                "the weight" for name in ("frequent", "rare"))
+        say(f"loss:  PDL, alpha {self.alpha:g}, eps {args.eps:g}: {', '.join(told)}")
         size = f"{self.global_batch} x {args.block_size}"
         say(f"run:   {args.max_iters} steps of {size} tokens, into {self.folder}/")
         uncounted = np.flatnonzero((self.counts == 0) & (mass > 0))
@@ -324,7 +326,7 @@ class Run:
             say(f"WARNING: {mass[uncounted].sum() / mass.sum():.1%} of the weight is on {len(uncounted):,} "
                 f"tokens of the data that --counts lacks, most on {names} (each weighs eps^-alpha = "
                 f"{args.eps ** -self.alpha:,.0f}): add counts of the data to --counts"
-                + ("" if args.normalize else ", or use --eps 1"))
+                + ("" if args.normalize or args.eps >= 1 else ", or use --eps 1"))
 
     def log(self, loss):
         """After a step: its loss, summed over the processes, the speed, the time left."""

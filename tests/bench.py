@@ -134,7 +134,7 @@ def sampling(how, batch_size):
     else:
         model = GPT(GPTConfig()).to(DEVICE).eval()
         if how == "sample.py":
-            model.to(sampling_dtype("auto", torch.device(DEVICE), batch_size))
+            model.to(sampling_dtype("auto", torch.device(DEVICE), batch_size == 1))
         generate = lambda: model.generate(idx, 256)
     return batch_size * 256 / seconds(generate, n=1), None
 
@@ -188,7 +188,7 @@ ROWS = {
     "sampling": [
         (f"sampling, batch {n} (tokens/s)", sampling, theirs, [theirs, n], "sample.py", ["sample.py", n])
         for n, theirs in ((1, "Transformers' generate"), (1, "float32"), (4, "float32"), (16, "float32"))
-        if (sampling_dtype("auto", torch.device(DEVICE), n) != torch.float32 if theirs == "float32"
+        if (sampling_dtype("auto", torch.device(DEVICE), n == 1) != torch.float32 if theirs == "float32"
             else importlib.util.find_spec("transformers"))
     ],
     "counting": [("counting (MB/s)", counting, "tiktoken, 1 thread", [False], "count.py", [True])],

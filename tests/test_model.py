@@ -191,9 +191,9 @@ def test_half_precision_writes_what_float32_writes(dtype):
 
 def test_the_dtype_to_sample_in():
     cpu = torch.device("cpu")
-    assert sampling_dtype("float32", cpu, 1) == torch.float32  # every bit
-    assert sampling_dtype("auto", cpu, 1) != torch.float32
-    assert sampling_dtype("auto", cpu, 16) == pick_dtype("auto", cpu)
+    assert sampling_dtype("float32", cpu, True) == torch.float32  # every bit
+    assert sampling_dtype("auto", cpu, True) != torch.float32
+    assert sampling_dtype("auto", cpu, False) == pick_dtype("auto", cpu)
 
 
 def test_dropout_and_checkpointing():

@@ -214,7 +214,7 @@ def test_a_series_is_its_single_runs_and_a_table(train, text, losses, report):
         assert report(text / f"out/alpha-{alpha}")["after"] == after
         cells = table_rows(out)[alpha]
         assert cells[1:5] == [f"{x:.3f}" for x in (after["val_ce"], *after["ce_by_band"].values())]
-    assert list(table_rows(out)) == ["0", "0.5", "the"]  # and the text itself
+    assert list(table_rows(out)) == ["before", "0", "0.5", "the"]  # the text itself
     assert out.count("distinct-2") == 1
     assert losses(text / "out/alpha-0") != losses(text / "out/alpha-0.5")
 
