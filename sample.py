@@ -209,7 +209,7 @@ def table_of_series(reports):
         ce = [result["val_ce"], *(result["ce_by_band"].get(band, math.nan) for band in BANDS)]
         lines.append(f"{name:8}" + "".join(f"{x:10.3f}" for x in ce) + f"{result['accuracy']:10.1%}" + text)
     lines.append(f"{'the text':58}" + of_text(reports[0]["text"]["the text"]))
-    lines.append("\nThe text they write is sampled at temperature 1, the last column greedy; best is near the text.")
+    lines.append("\nTheir text is sampled at temperature 1, the last column greedy; best near the text.")
     return "\n".join(lines)
 
 
