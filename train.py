@@ -314,10 +314,9 @@ class Run:
         processes = f", {machine.world_size} processes" if machine.world_size > 1 else ""
         say(f"model: {Path(source).name}, {size:.1f}M parameters, {machine.device.type}, {dtype}{processes}")
         say(f"data:  {self.corpus.description}")
-        of_weight = self.share_of_weight
-        say(f"loss:  PDL, alpha {self.alpha:g}, eps {args.eps:g}; frequent tokens are {of_text['frequent']:.0%} "
-            f"of the text and {of_weight['frequent']:.0%} of the weight, rare ones {of_text['rare']:.0%} and "
-            f"{of_weight['rare']:.0%}")
+        frequent, rare = (f"{of_text[name]:.0%} of the text, {self.share_of_weight[name]:.0%} of the weight"
+                          for name in ("frequent", "rare"))
+        say(f"loss:  PDL, alpha {self.alpha:g}, eps {args.eps:g}; frequent tokens: {frequent}; rare: {rare}")
         size = f"{self.global_batch} x {args.block_size}"
         say(f"run:   {args.max_iters} steps of {size} tokens, into {self.folder}/")
         uncounted = np.flatnonzero((self.counts == 0) & (mass > 0))
