@@ -1,6 +1,7 @@
 """
 GPT-2 in one file: the network and how it writes; then checkpoint folders in Hugging Face's layout
-(config.json, model.safetensors), so that the released sizes open here and what is saved here in Transformers.
+(config.json, model.safetensors), so that the released sizes open here and what is saved here in Transformers;
+then what it runs on: devices, dtypes, processes.
 
     model = GPT.from_pretrained("gpt2")                   # or "gpt2-medium", ..., "distilgpt2", or a folder
     logits = model(idx)                                   # (B, T) int64 -> (B, T, vocab_size)
@@ -9,17 +10,21 @@ The architecture is that of Radford et al. 2019, with the module names of the re
 It does not know the loss (pdl.py) nor the text (count.py).
 """
 
+import contextlib
 import http.client
 import json
 import math
 import os
 import secrets
+import signal
+import sys
 import urllib.error
 import urllib.request
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -459,7 +464,7 @@ def _part(path):
     return path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
 
 
-# --- device and dtype ---
+# --- device, dtype, processes ---
 
 
 def pick_device(name="auto", local_rank=0):
@@ -502,3 +507,79 @@ def sampling_dtype(name, device, single_rows):
     if name == "auto" and device.type == "cpu" and single_rows and dtype == torch.float32:
         return torch.float16
     return dtype
+
+
+class Machine:
+    """The device of this process, and the other processes, if torchrun started several."""
+
+    def __init__(self, args):
+        self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device = pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
+        self.dtype = pick_dtype(args.dtype, self.device)
+        self.signals = []
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if self.world_size > 1:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
+        torch.set_float32_matmul_precision("high")
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def say(self, text):
+        if text and self.rank == 0:
+            print(text, flush=True)
+
+    def progress(self, what):
+        """A function that shows on a terminal how much of what is done; the next line takes its place."""
+        if self.rank > 0 or not sys.stderr.isatty():
+            return lambda part: None
+        return lambda part: print(f"{what}: {part:.0%}\033[K", end="\r", file=sys.stderr, flush=True)
+
+    def share(self, rows):
+        """This process's share of the rows of a batch."""
+        return rows.tensor_split(self.world_size)[self.rank]
+
+    def once(self, function):
+        """What function returns, or the error it raises, called in the first process alone."""
+        result, error = None, None
+        if self.rank == 0:
+            try:
+                result = function()
+            except (OSError, ValueError) as raised:
+                error = raised
+        if self.world_size > 1:
+            told = [result, error]
+            dist.broadcast_object_list(told, 0)
+            result, error = told
+        if error:
+            raise error
+        return result
+
+    def first(self, function):
+        """What function returns, called in the first process before the others: it fills their caches."""
+        mine = []
+        self.once(lambda: mine.append(function()))
+        return mine[0] if mine else function()
+
+    def sum(self, tensor):
+        """The sum of a tensor over all processes, in its place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    @contextlib.contextmanager
+    def noting_signals(self):
+        """Ctrl-C and SIGTERM are noted, to end the run between two steps; a second one ends it at once."""
+        def note(signum, frame):
+            self.signals.append(signum)
+            signal.signal(signum, before[signum])
+
+        before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
+        yield
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+    def stop_requested(self):
+        """Whether a signal came to any of the processes: they stop at the same step."""
+        return self.sum(torch.tensor(len(self.signals))).item() > 0

@@ -16,7 +16,6 @@ import json
 import math
 import os
 import re
-import signal
 import sys
 import time
 from pathlib import Path
@@ -29,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 import count
 import sample
 from count import at_least
-from model import GPT, GPTConfig, checkpoint_folder, load_state, pick_device, pick_dtype, replace
+from model import GPT, GPTConfig, Machine, checkpoint_folder, load_state, replace
 from pdl import linear_pdl_loss, pdl_weights, token_weights
 
 TINY = Path(__file__).parent / "tiny"  # a small pretrained checkpoint, so that all of this runs offline
@@ -495,85 +494,6 @@ def resumed_args(p, out_dir):
     if len(args.alpha) > 1 and runs[0] == Path(out_dir):
         p.error(f"--resume: {out_dir} is one run of several: --out_dir {runs[0].parent} goes on with them")
     return args
-
-
-# --- the machine ---
-
-
-class Machine:
-    """The device of this process, and the other processes, if torchrun started several."""
-
-    def __init__(self, args):
-        self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.device = pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
-        self.dtype = pick_dtype(args.dtype, self.device)
-        self.signals = []
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-        if self.world_size > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
-        torch.set_float32_matmul_precision("high")
-
-    def autocast(self):
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-
-    def say(self, text):
-        if text and self.rank == 0:
-            print(text, flush=True)
-
-    def progress(self, what):
-        """A function that shows on a terminal how much of what is done; the next line takes its place."""
-        if self.rank > 0 or not sys.stderr.isatty():
-            return lambda part: None
-        return lambda part: print(f"{what}: {part:.0%}\033[K", end="\r", file=sys.stderr, flush=True)
-
-    def share(self, rows):
-        """This process's share of the rows of a batch."""
-        return rows.tensor_split(self.world_size)[self.rank]
-
-    def once(self, function):
-        """What function returns, or the error it raises, called in the first process alone."""
-        result, error = None, None
-        if self.rank == 0:
-            try:
-                result = function()
-            except (OSError, ValueError) as raised:
-                error = raised
-        if self.world_size > 1:
-            told = [result, error]
-            dist.broadcast_object_list(told, 0)
-            result, error = told
-        if error:
-            raise error
-        return result
-
-    def first(self, function):
-        """What function returns, called in the first process before the others: it fills their caches."""
-        mine = []
-        self.once(lambda: mine.append(function()))
-        return mine[0] if mine else function()
-
-    def sum(self, tensor):
-        """The sum of a tensor over all processes, in its place."""
-        if self.world_size > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
-    @contextlib.contextmanager
-    def noting_signals(self):
-        """Ctrl-C and SIGTERM are noted, to end the run between two steps; a second one ends it at once."""
-        def note(signum, frame):
-            self.signals.append(signum)
-            signal.signal(signum, before[signum])
-
-        before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
-        yield
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-
-    def stop_requested(self):
-        """Whether a signal came to any of the processes: they stop at the same step."""
-        return self.sum(torch.tensor(len(self.signals))).item() > 0
 
 
 def main_in_memory():

@@ -13,7 +13,6 @@ generation, the standard library's functions, the body to be written from signat
 import argparse
 import ast
 import contextlib
-import io
 import json
 import os
 import shutil
