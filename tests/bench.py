@@ -193,12 +193,7 @@ ROWS = {
     ],
     "counting": [("counting (MB/s)", counting, "tiktoken, 1 thread", [False], "count.py", [True])],
 }
-SMALL = "--batch_size 4 --gradient_accumulation_steps 4"
-RUNS = [
-    "--batch_size 4 --block_size 512",
-    "",
-    f"--optimizer adafactor --activation_checkpointing {SMALL}",
-]
+RUNS = ["--batch_size 4 --block_size 512", ""]
 
 
 def measure(function, *args):
