@@ -515,7 +515,11 @@ def describe(counts):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse, with a wrong flag answered in one line."""
+    """argparse, with defaults shown and a wrong flag answered in one line."""
+
+    def flag(self, name, default, help, type=str, **options):
+        help += "" if default is None else " (default: %(default)s)"
+        self.add_argument(f"--{name}", default=default, help=help, type=type, **options)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}; --help lists the flags\n")

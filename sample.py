@@ -218,11 +218,7 @@ def table_of_series(reports):
 
 def main():
     p = ArgumentParser(description="Sample text from a GPT-2 checkpoint.")
-
-    def flag(name, default, help, type=str, **options):
-        help += "" if default is None else " (default: %(default)s)"
-        p.add_argument(f"--{name}", default=default, help=help, type=type, **options)
-
+    flag = p.flag
     flag("init_from", "out", "a checkpoint folder, or a released model's name")
     p.add_argument("--prompt", default="\n", help='text to go on from, FILE:path for that of a file, - for '
                    'standard input, "" for the beginning of a text (default: a line end)')

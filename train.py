@@ -74,9 +74,10 @@ def finetune(args, alpha, folder, source, machine):
     model, tokenizer = load_model(args, folder if resuming else source, machine)
     cache = Path(args.out_dir).parent / "token_cache"
     corpus = machine.first(lambda: count.open_corpus(args.data, tokenizer, args.block_size, cache))
-    counts = find_counts(args, corpus, tokenizer, machine)
+    own = corpus.train_counts(tokenizer.n_vocab)
+    counts = find_counts(args, own, tokenizer, machine)
     optimizer = make_optimizer(args, model)
-    run = Run(args, alpha, folder, machine, model, optimizer, tokenizer, corpus, counts)
+    run = Run(args, alpha, folder, machine, model, optimizer, tokenizer, corpus, counts, own)
     if resuming:
         run.resume()
         if run.step >= args.max_iters and (folder / "report.json").exists():
@@ -134,9 +135,8 @@ def load_model(args, folder, machine):
     return model.to(machine.device), tokenizer
 
 
-def find_counts(args, corpus, tokenizer, machine):
-    """freq(t) of Eq. 3, (V,): of --counts, else of the training split."""
-    own = corpus.train_counts(tokenizer.n_vocab)
+def find_counts(args, own, tokenizer, machine):
+    """freq(t) of Eq. 3, (V,): of --counts, else own, those of the training split."""
     if not args.counts:
         return own
     counts, eot = count.load_counts(args.counts, tokenizer.n_vocab), tokenizer.eot_token
@@ -254,10 +254,11 @@ def write_json(path, content):
 class Run:
     """A run and its folder: what it logs, its best weights, and resume.pt, from which it goes on."""
 
-    def __init__(self, args, alpha, folder, machine, model, optimizer, tokenizer, corpus, counts):
+    def __init__(self, args, alpha, folder, machine, model, optimizer, tokenizer, corpus, counts, own):
         self.args, self.alpha, self.folder, self.machine = args, alpha, folder, machine
         self.model, self.optimizer, self.tokenizer = model, optimizer, tokenizer
-        self.corpus, self.counts, self.bands = corpus, counts, count.frequency_bands(counts)
+        self.corpus, self.counts, self.own = corpus, counts, own  # own: counts of the training split
+        self.bands = count.frequency_bands(counts)
         self.weights = pdl_weights(counts, alpha, args.eps, args.normalize)
         self.global_batch = args.batch_size * args.gradient_accumulation_steps
         self.windows = corpus.held_out(self.global_batch * args.eval_iters)
@@ -305,10 +306,11 @@ class Run:
         """The first screen: the model, the data, the loss, the length of the run."""
         args, machine, say = self.args, self.machine, self.machine.say
         size = sum(p.numel() for p in self.model.parameters()) / 1e6
-        text = self.corpus.train_counts(len(self.weights))
-        mass = text * self.weights.double().numpy()
-        of_text, self.share_of_weight = ({name: share[self.bands == i].sum() / share.sum()
-                                          for i, name in enumerate(count.BANDS)} for share in (text, mass))
+        mass = self.own * self.weights.double().numpy()
+        of_text, self.share_of_weight = (
+            {name: share[self.bands == i].sum() / share.sum() for i, name in enumerate(count.BANDS)}
+            for share in (self.own, mass)
+        )
         dtype = str(machine.dtype).removeprefix("torch.")
         processes = f", {machine.world_size} processes" if machine.world_size > 1 else ""
         say(f"model: {Path(source).name}, {size:.1f}M parameters, {machine.device.type}, {dtype}{processes}")
@@ -406,12 +408,7 @@ class Run:
 
 def parse_args():
     p = count.ArgumentParser(description="Finetune GPT-2 with Power-Law Decay Loss (arXiv 2505.16900).")
-
-    def flag(name, default, help, type=str, **options):
-        help += "" if default is None else " (default: %(default)s)"
-        p.add_argument(f"--{name}", default=default, help=help, type=type, **options)
-
-    not_negative, positive = at_least(0, float), at_least(1)
+    flag, not_negative, positive = p.flag, at_least(0, float), at_least(1)
     flag("alpha", [0.5], "strength of the decay; 0: plain cross-entropy; several: a run each", not_negative,
          nargs="+")
     flag("eps", 1e-6, "added to every count, Eq. 3", not_negative)
