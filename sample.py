@@ -47,18 +47,19 @@ def shift(counts, x):
 
 class Scores(NamedTuple):
     """Of each token of the vocabulary as a target, (V,) float64: how many there were, the sum of their
-    cross-entropies in nats, and how many of them were the likeliest token."""
+    cross-entropies in nats, and how many of them were the likeliest token; and how often it was that."""
 
     n: torch.Tensor
     ce: torch.Tensor
     correct: torch.Tensor
+    predicted: torch.Tensor
 
 
 @torch.no_grad()
 def evaluate(model, corpus, windows, batch_size, autocast, progress=lambda part: None):
     """The Scores of a model on windows (W, 2) of a corpus, batch_size at a time; progress is told."""
     device, was_training = model.lm_head.device, model.training
-    scores = Scores(*torch.zeros(3, len(model.lm_head), dtype=torch.float64))
+    scores = Scores(*torch.zeros(4, len(model.lm_head), dtype=torch.float64))
     model.eval()
     for i in range(0, len(windows), batch_size):
         progress(i / len(windows))
@@ -68,9 +69,10 @@ def evaluate(model, corpus, windows, batch_size, autocast, progress=lambda part:
             for h, t in zip(hidden.split(512), y[y != -100].split(512)):  # all logits at once would not fit
                 logits = F.linear(h, model.lm_head).float()
                 ce = F.cross_entropy(logits, t.to(device), reduction="none").cpu().double()
-                correct = (logits.argmax(-1).cpu() == t).double()
-                for total, of_target in zip(scores, (torch.ones_like(ce), ce, correct)):
+                likeliest, one = logits.argmax(-1).cpu(), torch.ones_like(ce)
+                for total, of_target in zip(scores, (one, ce, (likeliest == t).double())):
                     total.index_add_(0, t, of_target)
+                scores.predicted.index_add_(0, likeliest, one)
     model.train(was_training)
     return scores
 
@@ -79,9 +81,10 @@ def summarize(scores, weights, counts, bands, tokenizer):
     """Means over the targets of Scores, by name: of all, and by frequency band of the target.
 
     val_ce: plain cross-entropy, nats. val_pdl: Eq. 5 over the sum of the weights, without targets that were
-    never counted (uncounted: their number), since a few of those can weigh more than all others.
+    never counted (uncounted: their number), since a few of those can weigh more than all others. f1: of the
+    likeliest tokens, as predictions of the targets in a band.
     """
-    n, ce, correct = scores
+    n, ce, correct, predicted = scores
     counted, band = torch.from_numpy(counts > 0), torch.from_numpy(bands)
     w = weights.double() * counted
     n_bytes = torch.zeros(tokenizer.n_vocab)  # a special token stands for no text
@@ -101,6 +104,8 @@ def summarize(scores, weights, counts, bands, tokenizer):
         "accuracy": (correct.sum() / n.sum()).item(),
         "ce_by_band": by_band(ce),
         "accuracy_by_band": by_band(correct),
+        "f1_by_band": {name: (2 * correct[among].sum() / (n + predicted)[among].sum()).item()
+                       for name, among in of_band.items()},
         "share_of_text": {name: (n[among].sum() / n.sum()).item() for name, among in of_band.items()},
     }
 
@@ -153,6 +158,9 @@ def judge_text(model, corpus, windows, bands, tokenizer, seed, say):
 
 # --- tables ---
 
+F1_MARGIN = 0.005  # what a larger alpha must gain to be taken: seeds differ by about as much
+
+
 
 def table_of_run(report):
     """What a run did to held-out prediction, by band, and what the text it writes is like."""
@@ -199,18 +207,30 @@ def table_of_series(reports):
     def of_text(measured):
         return f"{measured['rare_share']:12.1%}{measured['distinct_2']:12.3f}{measured['repeated_4']:12.3f}"
 
-    lines = ["               held-out cross-entropy, nats          top-1           the text it writes",
-             "alpha          all  frequent    middle      rare  accuracy  rare share  distinct-2  repeated-4"]
+    lines = ["               held-out cross-entropy, nats        rare tokens         the text it writes",
+             "alpha          all  frequent    middle      rare  top-1 F1  rare share  distinct-2  repeated-4"]
     results = [("before", reports[0]["before"], "")]
     for report in reports:
         text = report["text"]["sampled"] | {"repeated_4": report["text"]["greedy"]["repeated_4"]}
         results.append((f"{report['alpha']:g}", report["after"], of_text(text)))
     for name, result, text in results:
         ce = [result["val_ce"], *(result["ce_by_band"].get(band, math.nan) for band in BANDS)]
-        lines.append(f"{name:8}" + "".join(f"{x:10.3f}" for x in ce) + f"{result['accuracy']:10.1%}" + text)
+        f1 = result["f1_by_band"].get("rare", math.nan)
+        lines.append(f"{name:8}" + "".join(f"{x:10.3f}" for x in (*ce, f1)) + text)
     lines.append(f"{'the text':58}" + of_text(reports[0]["text"]["the text"]))
     lines.append("\nTheir text is sampled at temperature 1, the last column greedy; best near the text.")
-    return "\n".join(lines)
+    return "\n".join([*lines, which_alpha(reports)])
+
+
+def which_alpha(reports):
+    """The smallest alpha that is near the best in predicting rare tokens, and why, in a sentence."""
+    f1 = {report["alpha"]: report["after"]["f1_by_band"].get("rare", 0) for report in reports}
+    best = max(f1, key=f1.get)
+    chosen = min(alpha for alpha in f1 if f1[alpha] >= f1[best] - F1_MARGIN)
+    why = f"top-1 predictions of rare tokens have the highest F1 at alpha {best:g}, {f1[best]:.3f}"
+    if chosen != best:
+        why += f", and {f1[chosen]:.3f} at {chosen:g}: {F1_MARGIN} more would be worth it"
+    return f"Take alpha {chosen:g}: {why}."
 
 
 # --- the command line ---

@@ -76,6 +76,8 @@ def finetune(args, alpha, folder, source, machine):
     corpus = machine.first(lambda: count.open_corpus(args.data, tokenizer, args.block_size, cache))
     own = corpus.train_counts(tokenizer.n_vocab)
     counts = find_counts(args, own, tokenizer, machine)
+    if args.learning_rate is None:
+        args.learning_rate = 3e-3 if sum(p.numel() for p in model.parameters()) < 1e7 else 3e-4
     optimizer = make_optimizer(args, model)
     run = Run(args, alpha, folder, machine, model, optimizer, tokenizer, corpus, counts, own)
     if resuming:
@@ -319,7 +321,8 @@ class Run:
                           for name in ("frequent", "rare"))
         say(f"loss:  PDL, alpha {self.alpha:g}, eps {args.eps:g}; frequent tokens: {frequent}; rare: {rare}")
         size = f"{self.global_batch} x {args.block_size}"
-        say(f"run:   {args.max_iters} steps of {size} tokens, into {self.folder}/")
+        say(f"run:   {args.max_iters} steps of {size} tokens, learning rate {args.learning_rate:g}, into "
+            f"{self.folder}/")
         uncounted = np.flatnonzero((self.counts == 0) & (mass > 0))
         if len(uncounted) and self.alpha:
             heaviest = uncounted[np.argsort(-mass[uncounted])][:3]
@@ -431,7 +434,8 @@ def parse_args():
     flag("batch_size", 16, "sequences in a micro-step", positive)
     flag("block_size", 256, "tokens in a sequence", at_least(8))
     flag("gradient_accumulation_steps", 1, "micro-steps in a step, of all processes together", positive)
-    flag("learning_rate", 3e-4, "its peak, after --warmup_iters; a cosine takes it to a tenth", not_negative)
+    flag("learning_rate", None, "its peak, after --warmup_iters; a cosine takes it to a tenth (default: "
+         "3e-4, or 3e-3 for a model of less than ten million parameters, such as tiny/)", not_negative)
     flag("optimizer", "adamw", "adafactor: half the memory, and a --learning_rate ten times as large, as it "
          "is relative to the weights", choices=["adamw", "adafactor"])
     flag("warmup_iters", 10, "steps over which the learning rate rises", at_least(0))

@@ -1,28 +1,35 @@
 """
-What PDL does to a model, measured: finetunes tiny/ over alpha, seeds, texts; writes assets/results.md.
+What PDL is good for, measured: finetunes tiny/ on four tasks, by PDL and by what it competes with.
 
-    python tests/study.py             # the runs that assets/study.json has not yet; then the tables
-    python tests/study.py --tables    # only the tables
-    python tests/study.py --figure    # draws assets/study.svg; needs matplotlib
+    python tests/study.py --tasks FOLDER      # the runs that assets/study.json has not yet
+    python tests/findings.py                  # what they come to, as assets/results.md
 
-Each run is a train.py of its own, 200 steps, and what its report.json says is one entry. Both texts come
-with Python, so that everybody has them, in their version of it: its language reference, and, for conditional
-generation, the standard library's functions, the body to be written from signature and docstring.
+Two tasks come with Python: its language reference, to be continued, and the functions of its standard
+library, to be written from signature and docstring. tests/make_tasks.py makes the other two, style.jsonl and
+webnlg.jsonl, for FOLDER; english.txt in there is any general text. What FOLDER lacks is left out, and said.
+
+A run is train.py's own, with the loss or the weights replaced where a method needs that. Then the model
+completes held-out prompts at six temperatures, and that is compared with what the prompts' authors wrote.
+Weights and completions stay in --out_dir, from which a study that was stopped goes on.
 """
 
 import argparse
 import ast
 import contextlib
+import functools
+import io
+import itertools
 import json
+import math
+import multiprocessing
 import os
-import shutil
 import statistics
-import subprocess
 import sys
-import tempfile
 import textwrap
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -30,49 +37,27 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from count import BANDS, frequency_bands, load_tokenizer, open_corpus
-from model import GPT, replace
+import train
+from count import BANDS, count_tokens, frequency_bands, load_tokenizer, open_corpus
+from model import GPT, _draw, load_state, replace
 from pdl import pdl_weights
-from sample import evaluate, measure_text, shift
+from sample import measure_text, ngrams, shift
 
 RESULTS = ROOT / "assets" / "study.json"
-ALPHAS = 0, 0.25, 0.5, 0.75, 1, 1.5
-SEEDS = 1, 2, 3
-TEXTS = {"reference": "the Python language reference", "functions": "docstring to code"}
-LEARNING_RATE = 3e-3  # the best of four for alpha 0, on both texts: the runs named "learning rate"
-AGAIN = ("reference", 0.5, 2), ("functions", 0.25, 1)
-SETTINGS = {
-    "eps 1": ["--eps", 1],
-    "probabilities": ["--normalize"],
-    "probabilities, eps 1": ["--normalize", "--eps", 1],
+TASKS = {  # name: title, training steps of 8 x 256 tokens
+    "style": ("style transfer", 300),
+    "webnlg": ("data to text", 300),
+    "functions": ("docstring to code", 200),
+    "reference": ("language reference", 200),
 }
+TEMPERATURES = 0, 0.3, 0.5, 0.7, 0.85, 1
+LEARNING_RATE = 3e-3
+SEEDS = 1, 2, 3
+LENGTH = 100  # tokens that a model may write: nearly all completions are shorter
+N_WINDOWS = 160
 
 
-def runs():
-    """Every run of the study: its name, its text, its flags."""
-    for text in TEXTS:
-        for alpha in 0, 1:
-            for lr in 3e-4, 1e-3, 1e-2:
-                flags = ["--alpha", alpha, "--seed", 1, "--learning_rate", lr]
-                yield f"{text}, alpha {alpha}, learning rate {lr:g}", text, flags
-    for seed in SEEDS:
-        for text in TEXTS:
-            for alpha in ALPHAS:
-                yield (
-                    f"{text}, alpha {alpha}, seed {seed}",
-                    text,
-                    ["--alpha", alpha, "--seed", seed, "--learning_rate", LEARNING_RATE],
-                )
-    for text, alpha, seed in AGAIN:
-        flags = ["--alpha", alpha, "--seed", seed, "--learning_rate", LEARNING_RATE]
-        yield f"{text}, alpha {alpha}, seed {seed}, again", text, flags
-    for alpha in 0.5, 1:
-        for setting, flags in SETTINGS.items():
-            yield (
-                f"reference, alpha {alpha}, {setting}",
-                "reference",
-                ["--alpha", alpha, "--seed", 1, "--learning_rate", LEARNING_RATE, *flags],
-            )
+# --- the tasks ---
 
 
 def functions():
@@ -97,236 +82,362 @@ def functions():
                     yield {"prompt": prompt, "completion": completion}
 
 
-def measure(jobs):
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    RESULTS.parent.mkdir(exist_ok=True)
-    env = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))}
-    with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(jobs) as pool:
-        pairs = Path(work, "functions.jsonl")
-        pairs.write_text("".join(json.dumps(pair) + "\n" for pair in functions()), encoding="utf-8")
-
-        def one(name, text, flags):
-            out = Path(work, name)
-            flags = [
-                "--init_from",
-                ROOT / "tiny",
-                "--max_iters",
-                200,
-                "--eval_interval",
-                100,
-                "--out_dir",
-                out,
-                *flags,
-            ]
-            if text == "functions":
-                flags += ["--data", pairs]
-            subprocess.run(
-                [sys.executable, ROOT / "train.py", *map(str, flags)],
-                env=env,
-                check=True,
-                stdout=subprocess.DEVNULL,
-            )
-            report = json.loads((out / "report.json").read_bytes())
-            result = {
-                key: report[key] for key in ("before", "after", "text", "share_of_weight", "first_sample")
-            }
-            if ", alpha 0, seed" in name:
-                result["shifted"] = shifted(out, text, pairs)
-            shutil.rmtree(out)
-            return name, result
-
-        for text in TEXTS.keys() - results.keys():
-            results[text] = without_training(text, pairs)
-        for job in as_completed([pool.submit(one, *run) for run in runs() if run[0] not in results]):
-            name, result = job.result()
-            results[name] = result
-            replace(
-                RESULTS, lambda path: path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-            )
-            print(f"{name}: held-out cross-entropy {result['after']['val_ce']:.3f}", flush=True)
+def prepare(folder, out):
+    """Put what the runs read into out/data; the names of the tasks that can be run, and whether "general"."""
+    data, tokenizer = out / "data", load_tokenizer(ROOT / "tiny")
+    data.mkdir(parents=True, exist_ok=True)
+    lines = {"functions": [json.dumps(pair) for pair in functions()]}
+    for task in "style", "webnlg":
+        path = Path(folder, f"{task}.jsonl")
+        if path.exists():
+            lines[task] = path.read_text(encoding="utf-8").splitlines()
+        else:
+            print(f"{path} is not there: the runs on {TASKS[task][0]} are left out")
+    for task, pairs in lines.items():
+        # Also a twentieth to train on, by distinct prompts, and the others, to judge that on.
+        number = {}
+        for pair in pairs:
+            number.setdefault(json.loads(pair)["prompt"], len(number))
+        small = [number[json.loads(pair)["prompt"]] % 20 == 0 for pair in pairs]
+        for name, which in (task, None), (f"{task}-5%", True), (f"{task}-95%", False):
+            chosen = [pair for pair, of in zip(pairs, small) if which is None or of == which]
+            (data / f"{name}.jsonl").write_text("\n".join(chosen) + "\n", encoding="utf-8")
+        np.save(data / f"{task}-5%.npy", count_tokens([data / f"{task}-5%.jsonl"], tokenizer))
+    general = Path(folder, "english.txt")
+    if not general.exists():
+        print(f"{general} is not there: the runs with counts of a general text are left out")
+        return {"reference", *lines}
+    np.save(data / "general.npy", count_tokens([general], tokenizer))
+    return {"reference", "general", *lines}
 
 
-def load(text, pairs):
-    tokenizer = load_tokenizer(ROOT / "tiny")
-    path = pairs if text == "functions" else None
-    corpus = open_corpus(path, tokenizer, 256, pairs.parent / "token_cache")
+@functools.cache
+def load(task, data):
+    """A task's corpus, the counts of its training split, their bands."""
+    tokenizer, path = load_tokenizer(ROOT / "tiny"), data / f"{task}.jsonl"
+    corpus = open_corpus(path if path.exists() else None, tokenizer, 256, data / "token_cache")
     counts = corpus.train_counts(tokenizer.n_vocab)
     return corpus, counts, frequency_bands(counts)
 
 
-@torch.no_grad()
-def shifted(folder, text, pairs):
-    """Cross-entropies of a plain model that gets log w(t) added to its logits: where Eq. 5 is least."""
-    model, (corpus, counts, bands) = GPT.from_pretrained(folder).eval(), load(text, pairs)
-    x, y = map(torch.from_numpy, corpus.sequences(corpus.held_out(320)))
-    ce = {alpha: [] for alpha in ALPHAS}
-    for inputs, targets in zip(x.split(16), y.split(16)):
-        logits = model(inputs)[targets != -100]
-        for alpha in ALPHAS:
-            shifted_logits = logits + shift(counts, alpha)
-            ce[alpha].append(F.cross_entropy(shifted_logits, targets[targets != -100], reduction="none"))
-    ce, band = {alpha: torch.cat(parts) for alpha, parts in ce.items()}, torch.from_numpy(bands)[y[y != -100]]
-    return {
-        alpha: {"all": v.mean().item()} | {name: v[band == i].mean().item() for i, name in enumerate(BANDS)}
-        for alpha, v in ce.items()
-    }
+# --- the methods: flags of train.py, and what is replaced in it ---
 
 
-def without_training(text, pairs):
-    """Each band's share of the loss before the first step, and the measures of the real text."""
-    model, (corpus, counts, bands) = GPT.from_pretrained(ROOT / "tiny"), load(text, pairs)
-    begins = corpus.train_starts(np.linspace(0, corpus.n_train_starts - 1, 200).astype(int))
-    windows = np.stack((begins, np.minimum(begins + 257, corpus.runs[-1, 1])), axis=1)
-    ce = evaluate(model, corpus, windows, 16, contextlib.nullcontext()).ce
-    losses = {alpha: pdl_weights(counts, alpha) * ce for alpha in ALPHAS}
-    of_band = lambda loss: {
-        name: (loss[bands == i].sum() / loss.sum()).item() for i, name in enumerate(BANDS)
-    }
-    _, held_out = corpus.sequences(corpus.windows)
-    held_out = np.bincount(held_out[held_out != -100], minlength=len(counts))
-    real = measure_text([tokens[:128] for _, tokens in corpus.openings(32)], held_out, bands)
-    return {"share_of_loss": {alpha: of_band(loss) for alpha, loss in losses.items()}, "text": real}
+def focal(gamma):
+    """(1 - p)^gamma times the cross-entropy (Lin et al. 2017)."""
+
+    def loss(hidden, lm_head, targets, weights, reduction):
+        keep = targets != -100
+        ce = F.cross_entropy(hidden[keep] @ lm_head.T, targets[keep], reduction="none")
+        return ((1 - (-ce).exp()) ** gamma * ce).sum()
+
+    return {"linear_pdl_loss": loss}
 
 
-COLUMNS = {  # name, where a run's result has it, digits
-    "all": (lambda r: r["after"]["val_ce"], 2),
-    "frequent": (lambda r: r["after"]["ce_by_band"]["frequent"], 2),
-    "middle": (lambda r: r["after"]["ce_by_band"]["middle"], 2),
-    "rare": (lambda r: r["after"]["ce_by_band"]["rare"], 2),
-    "accuracy": (lambda r: 100 * r["after"]["accuracy"], 1),
-    "distinct-2": (lambda r: r["text"]["sampled"]["distinct_2"], 3),
-    "rare tokens": (lambda r: 100 * r["text"]["sampled"]["rare_share"], 1),
-    "KL": (lambda r: r["text"]["sampled"]["kl"], 2),
-    "repeated-4, greedy": (lambda r: r["text"]["greedy"]["repeated_4"], 2),
+def label_smoothing(epsilon):
+    """A share epsilon of each target spread over the vocabulary (Szegedy et al. 2016)."""
+
+    def loss(hidden, lm_head, targets, weights, reduction):
+        keep = targets != -100
+        return F.cross_entropy(
+            hidden[keep] @ lm_head.T, targets[keep], reduction="sum", label_smoothing=epsilon
+        )
+
+    return {"linear_pdl_loss": loss}
+
+
+def class_balanced(beta):
+    """One over the effective number of samples, (1 - beta^n) / (1 - beta) (Cui et al. 2019, Eq. 2)."""
+
+    def weights(step, alpha, counts, args):
+        n = torch.from_numpy(counts).double().clamp(min=1)
+        return ((1 - beta) / (1 - beta**n)).float()
+
+    return {"step_weights": weights}
+
+
+def mean_weight(counts, weights):
+    """Of a target in the training split."""
+    return (torch.from_numpy(counts) * weights.double()).sum().item() / counts.sum()
+
+
+def eot_at_mean(step, alpha, counts, args):
+    """The weight of the end of text, which every completion has, is that of the mean target."""
+    weights = pdl_weights(counts, alpha, args.eps)
+    weights[load_tokenizer(ROOT / "tiny").eot_token] = mean_weight(counts, weights)
+    return weights
+
+
+def capped(step, alpha, counts, args):
+    """No weight is more than 5 times that of the mean target."""
+    weights = pdl_weights(counts, alpha, args.eps)
+    return weights.clamp(max=5 * mean_weight(counts, weights))
+
+
+def falling(step, alpha, counts, args):
+    """Alpha falls linearly to 0, so that the model ends calibrated."""
+    return pdl_weights(counts, alpha * (1 - step / args.max_iters), args.eps)
+
+
+METHODS = {  # name: flags of train.py, what is replaced in it
+    "plain": (["--alpha", 0], {}),
+    "PDL 0.25": (["--alpha", 0.25], {}),
+    "PDL 0.5": (["--alpha", 0.5], {}),
+    "PDL 1": (["--alpha", 1], {}),
+    "focal, gamma 1": (["--alpha", 0], focal(1)),
+    "focal, gamma 2": (["--alpha", 0], focal(2)),
+    "label smoothing 0.1": (["--alpha", 0], label_smoothing(0.1)),
+    "class-balanced, beta 0.99": (["--alpha", 0], class_balanced(0.99)),
+    "PDL 0.25, general counts": (["--alpha", 0.25, "--counts", "data/general.npy"], {}),
+    "PDL 0.5, eps 1": (["--alpha", 0.5, "--eps", 1], {}),
+    "PDL 0.5, alpha falling": (["--alpha", 0.5], {"step_weights": falling}),
+    "PDL 0.5, end of text at the mean weight": (["--alpha", 0.5], {"step_weights": eot_at_mean}),
+    "PDL 0.5, weights capped": (["--alpha", 0.5], {"step_weights": capped}),
+    "PDL 0.5, alpha rising": (["--alpha", 0.5, "--alpha_warmup_iters", 300], {}),
+    "PDL 0.25, counts mixed": (
+        ["--alpha", 0.25, "--counts", "data/style-5%.npy", "data/general.npy:0.01"], {}),
 }
-MEASURES = tuple(COLUMNS)[5:]  # those of text, which the real text has, too
+BASELINES = "focal, gamma 2", "label smoothing 0.1", "class-balanced, beta 0.99", "focal, gamma 1"
+VARIANTS = tuple(METHODS)[8:14]
+SHIFTED = {  # sampled with sample.py's shift: PDL without training for it, and PDL calibrated again
+    "plain, shift 0.25": ("plain", 0.25),
+    "plain, shift 0.5": ("plain", 0.5),
+    "PDL 0.25, shift -0.25": ("PDL 0.25", -0.25),
+    "PDL 0.5, shift -0.25": ("PDL 0.5", -0.25),
+    "PDL 0.5, shift -0.5": ("PDL 0.5", -0.5),
+    "PDL 1, shift -1": ("PDL 1", -1),
+}
 
 
-def of_seeds(results, text, alpha, column):
-    return [COLUMNS[column][0](results[f"{text}, alpha {alpha}, seed {seed}"]) for seed in SEEDS]
+def runs():
+    """Every run of the study, what matters most first: its task, its method, its seed."""
+    alphas = "plain", "PDL 0.25", "PDL 0.5"
+    for tasks in ("style", "webnlg"), ("functions", "reference"):
+        yield from itertools.product(tasks, alphas, SEEDS)
+    yield from itertools.product(["style"], (*BASELINES[:3], "PDL 1"), SEEDS)
+    yield from itertools.product(TASKS, ["plain, shift 0.25"], SEEDS)
+    yield from itertools.product(["style"], SHIFTED, SEEDS)
+    yield from itertools.product(["style-5%"], ["plain", "PDL 0.25", "PDL 0.25, counts mixed"], SEEDS)
+    yield from itertools.product(["style"], VARIANTS, SEEDS)
+    yield from itertools.product(["webnlg", "functions", "reference"], (*BASELINES, "PDL 1"), SEEDS)
 
 
-def of_shifted(results, text, alpha, name):
-    return [results[f"{text}, alpha 0, seed {seed}"]["shifted"][str(alpha)][name] for seed in SEEDS]
+def name_of(task, method, seed):
+    return f"{task}, {method}, seed {seed}"
 
 
-def of_text(results, text, column):
-    real = results[text]["text"]
-    return COLUMNS[column][0]({"text": {"sampled": real, "greedy": real}})
-
-
-def table(header, rows):
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines) + "\n"
-
-
-def results_page(results):
-    """assets/results.md: every table, from assets/study.json alone."""
-    page = (
-        "# What was measured\n\nWritten by `python tests/study.py --tables` from [study.json](study.json); "
-        "README.md says what it means.\n"
-    )
-    for text, title in TEXTS.items():
-        page += (
-            f"\n## {title[0].upper() + title[1:]}\n\nMean ± standard deviation of {len(SEEDS)} seeds. "
-            "The first four columns: held-out cross-entropy, nats.\n\n"
-        )
-        rows = []
-        for alpha in ALPHAS:
-            row = [alpha]
-            for name, (_, digits) in COLUMNS.items():
-                values = of_seeds(results, text, alpha, name)
-                row.append(f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}")
-            rows.append(row)
-        real = (
-            f"{of_text(results, text, name):.{COLUMNS[name][1]}f}" if name in MEASURES else ""
-            for name in COLUMNS
-        )
-        page += table(["alpha", *COLUMNS], [*rows, ["the text itself", *real]])
-        page += "PDL, and the plain model (alpha 0) with log w(t) added to its logits:\n\n"
-        rows = []
-        for alpha in ALPHAS:
-            values = [
-                of(results, text, alpha, name) for name in ("all", "rare") for of in (of_seeds, of_shifted)
-            ]
-            rows.append([alpha, *(f"{statistics.mean(of_one):.2f}" for of_one in values)])
-        page += table(["alpha", "all: PDL", "plain + log w", "rare: PDL", "plain + log w"], rows)
-        page += "The share of the loss before the first step:\n\n"
-        shares = results[text]["share_of_loss"].items()
-        page += table(
-            ["alpha", *BANDS], [[alpha, *(f"{x:.1%}" for x in share.values())] for alpha, share in shares]
-        )
-
-    def rows(names):
-        return [[n, *(f"{of(results[n]):.{digits}f}" for of, digits in COLUMNS.values())] for n in names]
-
-    page += (
-        "## Two runs again\n\nAll other runs on this page are of an earlier version, with bfloat16 products. "
-        "Two of them again, with this one, in float32.\nIt draws samples differently, and of pairs that are "
-        "longer than a sequence it cuts the prompt.\n\n"
-    )
-    again = [f"{text}, alpha {alpha}, seed {seed}" for text, alpha, seed in AGAIN]
-    page += table(["run", *COLUMNS], rows(name + which for name in again for which in ("", ", again")))
-    page += "## One run each, seed 1\n\n"
-    names = [
-        name
-        for name in results
-        if "learning rate" in name or name.endswith(tuple(f", {s}" for s in SETTINGS))
+def finetune(task, method, seed, out):
+    """Train as train.py does; the folder with the weights. If they are there, they are taken."""
+    folder = out / name_of(task, method, seed)
+    if (folder / "done").exists():
+        return folder
+    flags, replaced = METHODS[method]
+    small = task.endswith("-5%")
+    steps = 200 if small else TASKS[task][1]
+    argv = [
+        "train.py",
+        *("--init_from", ROOT / "tiny", "--out_dir", folder, "--seed", seed, "--max_iters", steps),
+        *("--learning_rate", LEARNING_RATE, "--batch_size", 8, "--no-activation_checkpointing"),
+        *(("--eval_interval", 20) if small else ("--eval_interval", steps, "--eval_iters", 1)),
+        *(["--data", out / "data" / f"{task}.jsonl"] if task != "reference" else []),
+        *(out / flag if str(flag).startswith("data/") else flag for flag in flags),
     ]
-    return page + table(["run", *COLUMNS], rows(names)).rstrip("\n") + "\n"
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(sys, "argv", list(map(str, argv))))
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        stack.enter_context(mock.patch.object(train.Run, "report", lambda run: {}))  # here is a better one
+        for name, value in replaced.items():
+            stack.enter_context(mock.patch.object(train, name, value))
+        args = train.parse_args()
+        if train.finetune(args, args.alpha[0], folder, ROOT / "tiny", train.Machine(args)) is None:
+            raise KeyboardInterrupt  # a signal came; the next study goes on from here
+    model = GPT.from_pretrained(folder)
+    model.load_state_dict(load_state(folder / "resume.pt")["model"])  # the last weights, not the best
+    model.save_pretrained(folder)
+    (folder / "resume.pt").unlink()
+    (folder / "done").touch()
+    return folder
 
 
-def figure(results):
-    """assets/study.svg: what alpha does to the prediction of each band, and at what price."""
-    import matplotlib.pyplot as plt
+# --- measures ---
 
-    plt.rcParams.update(
-        {
-            "svg.hashsalt": "",
-            "svg.fonttype": "none",
-            "font.size": 9,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-        }
-    )
-    figure, axes = plt.subplots(1, len(TEXTS), figsize=(9, 3.4), sharex=True)
-    for ax, (text, title) in zip(axes, TEXTS.items()):
-        ax.set_title(title, fontsize=9, loc="left")
-        for name, color in zip(
-            ("frequent", "middle", "rare", "all"), ("tab:blue", "tab:orange", "tab:green", "black")
-        ):
-            values = [of_seeds(results, text, alpha, name) for alpha in ALPHAS]
-            ax.errorbar(
-                ALPHAS,
-                list(map(statistics.mean, values)),
-                list(map(statistics.stdev, values)),
-                marker="o",
-                markersize=3,
-                capsize=2,
-                label=f"{name} tokens",
-                color=color,
-            )
-        ax.set_xlabel("alpha")
-    axes[0].set_ylabel("held-out cross-entropy, nats")
-    axes[0].legend(frameon=False, fontsize=8, loc="upper left")
-    figure.tight_layout()
-    replace(
-        RESULTS.with_name("study.svg"),
-        lambda path: figure.savefig(path, format="svg", metadata={"Date": None}),
-    )
+
+@torch.no_grad()
+def complete(model, prompts, seed, eot, bias):
+    """What the model writes after each prompt at each temperature, up to its end of text or LENGTH tokens.
+
+    [temperature][prompt] -> tokens; and the same of whether it ended.
+    """
+    torch.manual_seed(seed)
+    written = [[[] for _ in prompts] for _ in TEMPERATURES]
+    ended = [[False for _ in prompts] for _ in TEMPERATURES]
+    for n in sorted({len(prompt) for prompt in prompts}):  # those of one length side by side, at all of them
+        of_n = [i for i, prompt in enumerate(prompts) if len(prompt) == n]
+        rows = [(k, i) for i in of_n for k in range(len(TEMPERATURES))]
+        temperature = torch.tensor([[max(TEMPERATURES[k], 1e-6)] for k, _ in rows])  # 1e-6: the likeliest
+        unseen, pos, cache = torch.tensor([prompts[i] for _, i in rows]), 0, None
+        cache = model._empty_cache(len(rows), n + LENGTH)
+        for _ in range(LENGTH):
+            hidden = model(unseen, True, cache, pos)[:, -1]
+            pos += unseen.shape[1]
+            logits = F.linear(hidden, model.lm_head) + bias
+            logits -= logits.max(-1, keepdim=True).values
+            drawn = _draw((logits / temperature).softmax(-1))
+            for (k, i), token in zip(rows, drawn.tolist()):
+                ended[k][i] |= token == eot
+                if not ended[k][i]:
+                    written[k][i].append(token)
+            unseen, going = drawn[:, None], torch.tensor([not ended[k][i] for k, i in rows])
+            if going.sum() < 0.7 * len(rows):  # moving the cache takes longer than a few rows more
+                rows = [row for row, goes in zip(rows, going.tolist()) if goes]
+                unseen, temperature, cache = unseen[going], temperature[going], cache[:, :, going]
+            if not rows:
+                break
+    return written, ended
+
+
+def bleu(written, references):
+    """Corpus BLEU-4 on tokens, one reference each (Papineni et al. 2002)."""
+    log_precision = 0
+    for n in 1, 2, 3, 4:
+        grams = [(Counter(ngrams(w, n)), Counter(ngrams(r, n))) for w, r in zip(written, references)]
+        matched, total = sum((w & r).total() for w, r in grams), sum(w.total() for w, _ in grams)
+        if not matched:
+            return 0.0
+        log_precision += math.log(matched / total) / 4
+    n_written, n_references = (sum(map(len, texts)) for texts in (written, references))
+    return math.exp(log_precision + min(0, 1 - n_references / n_written))
+
+
+def rare_matches(written, references, rare):
+    """Precision, recall and F1 of the rare tokens of each completion as a multiset, over all prompts."""
+    of = [[Counter(t for t in text if rare[t]) for text in texts] for texts in (written, references)]
+    matched = sum((w & r).total() for w, r in zip(*of))
+    n_written, n_references = (sum(counter.total() for counter in texts) for texts in of)
+    return {
+        "rare_precision": matched / max(1, n_written),
+        "rare_recall": matched / max(1, n_references),
+        "rare_f1": 2 * matched / max(1, n_written + n_references),
+    }
+
+
+def judge(written, ended, references, held_out, bands):
+    """All measures of completions, by name."""
+    return {
+        "bleu": bleu(written, references),
+        **rare_matches(written, references, bands == 2),
+        "ended": statistics.mean(ended),  # the share of the completions that do
+        "length_ratio": sum(map(len, written)) / sum(map(len, references)),
+        **measure_text(written, held_out, bands),
+    }
+
+
+TAUS = -0.5, -0.25, 0, 0.125, 0.25, 0.375, 0.5, 0.75, 1, 1.25
+
+
+@torch.no_grad()
+def predict(model, corpus, counts, bands):
+    """How well the model predicts held-out text.
+
+    Cross-entropies of all, frequent, middle and rare targets with tau * log(max(freq, 1)) added to the
+    logits, by tau; precision, recall and F1 of the likeliest tokens as predictions of rare targets.
+    """
+    x, y = map(torch.from_numpy, corpus.sequences(corpus.held_out(N_WINDOWS)))
+    ce, likeliest, log_freq = {tau: [] for tau in TAUS}, [], shift(counts, -1)
+    for inputs, targets in zip(x.split(8), y.split(8)):
+        hidden = model(inputs, return_hidden=True)[targets != -100]
+        for h, t in zip(hidden.split(512), targets[targets != -100].split(512)):
+            logits = F.linear(h, model.lm_head)
+            likeliest.append(logits.argmax(-1))
+            for tau in TAUS:
+                ce[tau].append(F.cross_entropy(logits + tau * log_freq, t, reduction="none"))
+    targets, bands, of_tau = y[y != -100], torch.from_numpy(bands), {}
+    for tau, parts in ce.items():
+        parts = torch.cat(parts).double()
+        of_band = (parts[bands[targets] == i].mean().item() for i in range(len(BANDS)))
+        of_tau[tau] = [parts.mean().item(), *of_band]
+    rows = ([[token] for token in tokens.tolist()] for tokens in (torch.cat(likeliest), targets))
+    return {"ce": of_tau, "top-1": rare_matches(*rows, bands == 2)}
+
+
+@functools.cache
+def prompts_of(task, data):
+    """Held-out prompts, their references, and the counts of held-out tokens."""
+    corpus, counts, bands = load(task, data)
+    of_length = {}
+    for prompt, reference in corpus.openings(10**9):
+        of_length.setdefault(len(prompt), []).append((prompt, reference[:LENGTH]))
+    # Of 25 lengths, spread as those of all, so that 24 each can be completed side by side.
+    lengths, chosen = sorted(n for n, pairs in of_length.items() for _ in pairs), []
+    for part in range(25):
+        of_one = of_length[lengths[(2 * part + 1) * len(lengths) // 50]]
+        chosen += of_one[:24]
+        del of_one[:24]
+    prompts, references = zip(*chosen)
+    _, y = corpus.sequences(corpus.windows)
+    return prompts, references, np.bincount(y[y != -100], minlength=len(counts))
+
+
+def one(task, method, seed, out):
+    """Train, if that is not done; measure. The entry of the run."""
+    trained, x = SHIFTED.get(method, (method, 0))
+    folder = finetune(task, trained, seed, out)
+    model, judged_on = GPT.from_pretrained(folder).eval(), task.replace("-5%", "-95%")
+    corpus, counts, bands = load(judged_on, out / "data")
+    prompts, references, held_out = prompts_of(judged_on, out / "data")
+    path = folder / f"completions{x}.json"
+    if not path.exists():
+        eot = load_tokenizer(ROOT / "tiny").eot_token
+        path.write_text(json.dumps(complete(model, prompts, seed, eot, shift(counts, x))))
+    texts = zip(TEMPERATURES, *json.loads(path.read_text()))
+    result = {"text": {t: judge(written, ended, references, held_out, bands) for t, written, ended in texts}}
+    if x == 0:
+        result |= predict(model, corpus, counts, bands)
+    if task != judged_on:
+        log = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+        result["curve"] = [entry["val_ce"] for entry in log if "val_ce" in entry]
+    return name_of(task, method, seed), result
+
+
+def rounded(value):
+    if isinstance(value, dict):
+        return {str(key): rounded(of) for key, of in value.items()}
+    if isinstance(value, list):
+        return [rounded(of) for of in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def save(results):
+    """A line a run."""
+    lines = [f" {json.dumps(name)}: {json.dumps(rounded(results[name]))}" for name in sorted(results)]
+    text = "{\n" + ",\n".join(lines) + "\n}\n"
+    replace(RESULTS, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def measure(jobs, out, folder):
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    tasks = prepare(folder, out)
+    for task in tasks - {"general"}:
+        corpus, counts, bands = load(task, out / "data")
+        _, references, held_out = prompts_of(task, out / "data")
+        results[task] = {"references": measure_text(references, held_out, bands), "n": len(references)}
+    # Each run has one thread: its results are then the same on however many cores.
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        there = [run for run in dict.fromkeys(runs()) if run[0].removesuffix("-5%") in tasks]
+        if "general" not in tasks:
+            there = [run for run in there if "counts" not in run[1]]
+        todo = [run for run in there if name_of(*run) not in results]
+        for number, job in enumerate(as_completed([pool.submit(one, *run, out) for run in todo]), 1):
+            name, result = job.result()
+            results[name] = result
+            save(results)
+            print(f"{number} of {len(todo)}: {name}", flush=True)
 
 
 if __name__ == "__main__":
-    p = argparse.ArgumentParser(description="Measure what PDL does.")
+    p = argparse.ArgumentParser(description="Measure what PDL is good for.")
+    p.add_argument("--tasks", default="tasks", help="folder with style.jsonl, webnlg.jsonl, english.txt")
+    p.add_argument("--out_dir", type=Path, default="out-study", help="where weights and completions stay")
     p.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side (default: one a core)")
-    p.add_argument("--tables", action="store_true", help="run nothing, write assets/results.md")
-    p.add_argument("--figure", action="store_true", help="run nothing, draw assets/study.svg")
     args = p.parse_args()
-    if not args.tables and not args.figure:
-        measure(args.jobs)
-    results = json.loads(RESULTS.read_bytes())
-    if args.figure:
-        figure(results)
-    else:
-        page = results_page(results)
-        replace(RESULTS.with_name("results.md"), lambda path: path.write_text(page, encoding="utf-8"))
+    measure(args.jobs, args.out_dir.absolute(), args.tasks)

@@ -160,11 +160,16 @@ def test_evaluation_is_cross_entropy_by_token_and_by_band(text, tiny, tokenizer)
         logits = model(x)
     ce, y = F.cross_entropy(logits.transpose(1, 2), y, reduction="none").flatten(), y.flatten()
     assert result["val_ce"] == pytest.approx(ce.mean().item(), rel=1e-5)
-    assert result["accuracy"] == pytest.approx((logits.argmax(-1).flatten() == y).float().mean().item())
+    likeliest = logits.argmax(-1).flatten()
+    assert result["accuracy"] == pytest.approx((likeliest == y).float().mean().item())
     for i, name in enumerate(count.BANDS):
         of_band = torch.from_numpy(bands)[y] == i
         assert result["ce_by_band"][name] == pytest.approx(ce[of_band].mean().item(), rel=1e-5)
         assert result["share_of_text"][name] == pytest.approx(of_band.float().mean().item())
+        right, predicted = (likeliest == y)[of_band].sum(), (torch.from_numpy(bands)[likeliest] == i).sum()
+        precision, recall = right / predicted.clamp(min=1), right / of_band.sum()
+        f1 = 2 * precision * recall / (precision + recall).clamp(min=1e-9)
+        assert result["f1_by_band"][name] == pytest.approx(f1.item(), rel=1e-5)
     counted = torch.from_numpy(counts)[y] > 0
     w = weights[y] * counted
     assert result["val_pdl"] == pytest.approx(((w * ce).sum() / w.sum()).item(), rel=1e-5)
@@ -175,7 +180,7 @@ def test_evaluation_is_cross_entropy_by_token_and_by_band(text, tiny, tokenizer)
 
 def scores_of(by_token):
     """Scores of targets, token: (how many, cross-entropy of each), in a vocabulary of tiny/'s size."""
-    scores = sample.Scores(*torch.zeros(3, 4096, dtype=torch.float64))
+    scores = sample.Scores(*torch.zeros(4, 4096, dtype=torch.float64))
     for token, (n, ce) in by_token.items():
         scores.n[token], scores.ce[token] = n, n * ce
     return scores
@@ -217,6 +222,16 @@ def test_samples_of_nothing_have_measures_that_json_knows():
     """A model of pairs may end each answer where it begins."""
     m = sample.measure_text([[], []], np.array([2, 1, 1, 0]), np.array([0, 1, 2, 2]))
     json.loads(json.dumps(m), parse_constant=pytest.fail)
+
+
+def test_the_alpha_to_take_is_the_smallest_that_is_near_the_best():
+    def taken(f1):
+        reports = [{"alpha": alpha, "after": {"f1_by_band": {"rare": x}}} for alpha, x in f1.items()]
+        return sample.which_alpha(reports).partition(":")[0]
+
+    assert taken({0: 0.11, 0.25: 0.14, 0.5: 0.12}) == "Take alpha 0.25"
+    assert taken({0: 0.556, 0.25: 0.560, 0.5: 0.43}) == "Take alpha 0"
+    assert taken({0.5: 0.145, 0.25: 0.142, 0: 0.11}) == "Take alpha 0.25"
 
 
 def test_the_sentence_below_the_table_reads_it_aloud():

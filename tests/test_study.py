@@ -1,43 +1,161 @@
-"""The numbers of the README are those that were measured: the README and results.md follow study.json."""
+"""The study measures what it says; results.md and the README say what study.json has."""
 
 import json
 import shutil
-import statistics
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-TEXTS, SEEDS = ("reference", "functions"), (1, 2, 3)
+import pytest
+import torch
+import torch.nn.functional as F
 
-
-def test_the_results_are_written_from_the_runs(tmp_path):
-    for name in "count.py", "model.py", "pdl.py", "sample.py", "tests/study.py", "assets/study.json":
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / name)
-    subprocess.run([sys.executable, tmp_path / "tests/study.py", "--tables"], check=True, timeout=60)
-    assert (tmp_path / "assets/results.md").read_bytes() == (ROOT / "assets/results.md").read_bytes()
+import findings
+import make_tasks
+import study
+from model import GPT
 
 
-def test_the_readme_says_what_was_measured():
-    runs = json.loads((ROOT / "assets/study.json").read_bytes())
-    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+def test_bleu_is_that_of_sacrebleu():
+    # sacrebleu 2.6.0: corpus_bleu of the tokens joined by spaces, tokenize="none", smooth_method="none"
+    written = [
+        [1, 4, 0, 1, 0, 1, 3],
+        [3, 1, 0, 3, 3, 3, 0, 4, 0, 5, 3, 2],
+        [5, 5, 4, 0, 2, 0, 0, 0, 5, 4, 0, 3, 5, 1, 4, 3],
+        [5, 0, 4, 1],
+    ]
+    references = [
+        [1, 4, 0, 2, 0, 3, 3, 3, 5],
+        [3, 1, 0, 3, 0, 3, 3, 4, 0, 5, 3, 2],
+        [5, 1, 4, 0, 2, 0, 0, 0, 5, 4, 0, 3, 5, 1, 3],
+        [5, 0, 4, 1, 3, 3, 4],
+    ]
+    assert study.bleu(written, references) == pytest.approx(0.60883012598055416)
 
-    def changes(band, word, alpha, shifted):
-        """How much better or worse a band is predicted than by plain finetuning, on each of the texts."""
-        for text in TEXTS:
-            differences = []
-            for seed in SEEDS:
-                plain = runs[f"{text}, alpha 0, seed {seed}"]
-                other = plain["shifted"][str(alpha)] if shifted else None
-                after = runs[f"{text}, alpha {alpha}, seed {seed}"]["after"]
-                other = other or after["ce_by_band"] | {"all": after["val_ce"]}
-                before = plain["after"]["ce_by_band"] | {"all": plain["after"]["val_ce"]}
-                differences.append(before[band] - other[band])
-            yield f"{statistics.mean(differences) * (1 if word == 'better' else -1):.2f}"
 
-    for alpha, shifted in (0.25, False), (0.5, False), (0.25, True):
-        for band, word in ("rare", "better"), ("all", "worse"):
-            first, second = changes(band, word, alpha, shifted)
-            said = f"{first} and {second} {word}", f"{first} and {second} nats {word}"
-            assert any(phrase in readme for phrase in said), (alpha, band, said)
+def test_rare_tokens_count_as_multisets_of_each_prompt():
+    rare = [False, True, True]
+    # Of three rare tokens written, the second 1 is one too many, and the 2 belongs to the other prompt.
+    matches = study.rare_matches([[1, 1, 0], [2]], [[1, 2, 2], [0]], rare)
+    assert matches == {"rare_precision": 1 / 3, "rare_recall": 1 / 3, "rare_f1": pytest.approx(1 / 3)}
+
+
+def test_equal_diversity_compares_where_both_curves_are():
+    def run(*points):
+        return {"text": {i: {"distinct_2": x, "bleu": y} for i, (x, y) in enumerate(points)}}
+
+    base, other = run((0.2, 0.4), (0.6, 0.2)), run((0.4, 0.5), (0.9, 0.0))
+    # From 0.4 to 0.6 the base falls from 0.3 to 0.2, the other from 0.5 to 0.3: 0.2 and 0.1 above.
+    assert findings.at_equal_diversity("bleu")(other, base) == pytest.approx(0.15)
+
+
+def test_an_interval_is_students():
+    difference = findings.Difference.of([1, 2, 3])  # standard deviation 1; t(0.975; 2 degrees) = 4.302653
+    assert (difference.mean, difference.half) == (2, pytest.approx(4.302653 / 3**0.5, rel=1e-4))
+    assert difference.sign() == 0 and findings.Difference.of([1, 1.1, 1.2]).sign() == 1
+
+
+def test_completions_at_temperature_0_are_those_of_generate(tiny, tokenizer):
+    model = GPT.from_pretrained(tiny).eval()
+    prompts = [tokenizer.encode_ordinary(text) for text in ("She said that", "The king is", "It was a")]
+    eot, bias = tokenizer.eot_token, torch.zeros(tokenizer.n_vocab)
+    bias[eot] = 12  # so that some end early
+    written, ended = study.complete(model, prompts, 1, eot, bias)
+    for prompt, tokens, end in zip(prompts, written[0], ended[0]):
+        whole = model.generate(torch.tensor([prompt]), study.LENGTH, temperature=0, logit_bias=bias)[
+            0
+        ].tolist()
+        expected = whole[len(prompt) :]
+        assert end == (eot in expected)
+        assert tokens == (expected[: expected.index(eot)] if end else expected)
+    assert any(map(any, ended)) and len({tuple(of[0]) for of in written}) > 1
+
+
+def test_the_losses_it_compares_with():
+    torch.manual_seed(0)
+    hidden, lm_head, targets = torch.randn(4, 3, 8), torch.randn(20, 8), torch.randint(20, (4, 3))
+    targets[0] = -100
+    p = (hidden[1:] @ lm_head.T).double().softmax(-1)
+    of_target = p.gather(-1, targets[1:, :, None])
+    plain = F.cross_entropy((hidden @ lm_head.T).flatten(0, 1), targets.flatten(), reduction="sum")
+    for gamma in 1, 2:
+        loss = study.focal(gamma)["linear_pdl_loss"](hidden, lm_head, targets, None, "sum")
+        torch.testing.assert_close(loss.double(), -((1 - of_target) ** gamma * of_target.log()).sum())
+    torch.testing.assert_close(
+        study.focal(0)["linear_pdl_loss"](hidden, lm_head, targets, None, "sum"), plain
+    )
+    smooth = study.label_smoothing(0.1)["linear_pdl_loss"](hidden, lm_head, targets, None, "sum")
+    expected = -(0.9 * of_target.log().sum() + 0.1 / 20 * p.log().sum())
+    torch.testing.assert_close(smooth.double(), expected)
+    weights = study.class_balanced(0.99)["step_weights"](0, 0, torch.tensor([1, 2, 1000]).numpy(), None)
+    torch.testing.assert_close(weights, torch.tensor([1, 1 / 1.99, 0.01 / (1 - 0.99**1000)]))
+
+
+def test_tasks_are_made_from_clones(tmp_path):
+    data = tmp_path / "a" / "data"
+    data.mkdir(parents=True)
+    for split in "train", "valid", "test":
+        (data / f"{split}.modern.nltktok").write_text(f"You {split} .\n", encoding="utf-8")
+        (data / f"{split}.original.nltktok").write_text(f"Thou {split} .\n", encoding="utf-8")
+    entry = """<benchmark><entries><entry><originaltripleset><otriple>no</otriple></originaltripleset>
+        <modifiedtripleset><mtriple>Aarhus_Airport | runwayLength | 2702.0</mtriple>
+        <mtriple>A | b | C_d</mtriple></modifiedtripleset>
+        <lex><text> Its runway  is long. </text><template>no</template></lex><lex><text/></lex>
+        </entry></entries></benchmark>"""
+    folder = tmp_path / "b" / "data" / "v1.6" / "en" / "train" / "1triples"
+    folder.mkdir(parents=True)
+    (folder / "Airport.xml").write_text(entry, encoding="utf-8")
+    subprocess.run(
+        [sys.executable, make_tasks.__file__, "a", "b", "tasks"], cwd=tmp_path, check=True, timeout=60
+    )
+    style, webnlg = (
+        [json.loads(line) for line in (tmp_path / "tasks" / name).read_text(encoding="utf-8").splitlines()]
+        for name in ("style.jsonl", "webnlg.jsonl")
+    )
+    assert [pair["completion"] for pair in style] == [" Thou train .", " Thou valid .", " Thou test ."]
+    assert style[0]["prompt"] == "Modern: You train .\nShakespeare:"
+    assert webnlg == [
+        {
+            "prompt": "Aarhus Airport | runwayLength | 2702.0; A | b | C d\nText:",
+            "completion": " Its runway is long.",
+        }
+    ]
+
+
+def test_the_results_are_written_from_the_runs(root, tmp_path):
+    for path in [*root.glob("*.py"), *root.glob("tests/*.py"), root / "assets/study.json"]:
+        copy = tmp_path / path.relative_to(root)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy(path, copy)
+    subprocess.run([sys.executable, tmp_path / "tests/findings.py"], check=True, timeout=60)
+    assert (tmp_path / "assets/results.md").read_bytes() == (root / "assets/results.md").read_bytes()
+
+
+def test_the_readme_says_what_was_measured(root):
+    results = json.loads((root / "assets/study.json").read_bytes())
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    assert findings.table_of_claims(results).strip() in readme
+    readme = " ".join(readme.split())
+
+    def span(method, measure, base="plain"):
+        means = [findings.compare(results, task, method, measure, base).mean for task in study.TASKS]
+        return f"{min(means):.2f} to {max(means):.2f}"
+
+    def shifted(run, other, band):
+        return other["ce"]["0"][band] - run["ce"]["-0.25"][band]
+
+    def taken(*tasks):
+        return sum(findings.taken(results, task).count(0.25) for task in tasks)
+
+    ended = (findings.mean(results, "webnlg", method, lambda run: run["text"]["0.5"]["ended"])
+             for method in ("plain", "PDL 0.25", "PDL 0.5"))
+    for phrase in (
+        f"rare tokens are predicted {span('PDL 0.25', findings.nats('rare'))} nats better",
+        f"all tokens together {span('plain', findings.nats('all'), 'PDL 0.25')} worse",
+        f"BLEU-4 by {span('plain', findings.at_equal_diversity('bleu'), 'PDL 0.5')}",
+        f"rare tokens {span('plain', lambda run, other: shifted(run, other, 3))} nats better",
+        f"and all {span('plain', lambda run, other: -shifted(run, other, 0))} worse",
+        "took 0.25 with {} of 6 seeds".format(taken("style", "functions")),
+        "and with {} of 6 on the other two; never 0.5".format(taken("webnlg", "reference")),
+        "data to text {:.0%}, {:.0%} and {:.0%} at alpha 0, 0.25 and 0.5".format(*ended),
+    ):
+        assert phrase in readme, phrase
