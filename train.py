@@ -2,7 +2,7 @@
 Finetune GPT-2 with Power-Law Decay Loss.
 
     python train.py --alpha 0.5                           # on a GPU if there is one, else on the CPU
-    python train.py --alpha 0 0.25 0.5 --data my.txt      # a run each, and a table that has them side by side
+    python train.py --alpha 0 0.25 0.5 --data my.txt      # a run each, and a table that says which to take
     torchrun --standalone --nproc_per_node=2 train.py     # the same batches, on two devices
 
 The best weights by held-out cross-entropy go to out/, a Hugging Face folder, with log.jsonl and report.json.

@@ -213,9 +213,11 @@ def test_a_series_is_its_single_runs_and_a_table(train, text, losses, report):
         after = report(text / f"single-{alpha}")["after"]
         assert report(text / f"out/alpha-{alpha}")["after"] == after
         cells = table_rows(out)[alpha]
-        assert cells[1:5] == [f"{x:.3f}" for x in (after["val_ce"], *after["ce_by_band"].values())]
+        shown = after["val_ce"], *after["ce_by_band"].values(), after["f1_by_band"]["rare"]
+        assert cells[1:6] == [f"{x:.3f}" for x in shown]
     assert list(table_rows(out)) == ["before", "0", "0.5", "the"]  # the text itself
     assert out.count("distinct-2") == 1
+    assert out.count("Take alpha ") == 1
     assert losses(text / "out/alpha-0") != losses(text / "out/alpha-0.5")
 
 
