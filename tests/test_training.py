@@ -43,7 +43,7 @@ def test_count_train_sample(run, small, text, log, report, tiny):
 def test_one_step_is_one_step_on_eq_5(train, text, tiny, tokenizer, log):
     """One step of train.py is one AdamW step on Eq. 5, written out here with full logits."""
     train("--max_iters", 1, "--batch_size", 8, "--alpha", 1, "--warmup_iters", 0, "--grad_clip", 0,
-          "--weight_decay", 0)
+          "--weight_decay", 0, "--learning_rate", 1e-3)
     corpus = count.open_corpus(text / "text.txt", tokenizer, 32, text / "cache")
     x, y = map(torch.from_numpy, corpus.batch(np.random.default_rng((1337, 0)), 8))
     w = pdl_weights(corpus.train_counts(4096), 1.0)[y]
@@ -51,7 +51,7 @@ def test_one_step_is_one_step_on_eq_5(train, text, tiny, tokenizer, log):
     model.set_dropout(0.0)
     loss = (w * -model(x).log_softmax(-1).gather(-1, y[..., None])[..., 0]).sum() / w.sum()
     torch.testing.assert_close(loss.item(), log(text / "out")[1]["loss"], rtol=1e-5, atol=0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0)
     loss.backward()
     optimizer.step()
     for a, b in zip(GPT.from_pretrained(text / "out").parameters(), model.parameters()):
@@ -166,7 +166,7 @@ def test_without_a_network_it_trains_tiny_and_says_so(run_here, text):
     notes = [line for line in lines if line.startswith("NOTE")]
     assert notes == [lines[0], lines[-1]] and all("tiny/" in line and "gpt2" in line for line in notes)
     assert len(notes[0]) < 120 and "http" not in notes[0] and len(notes[1]) < len(notes[0])
-    assert "Python language reference" in out
+    assert "Python language reference" in out and "learning rate 0.003" in out
 
 
 def test_the_last_lines_name_the_criterion(train):
