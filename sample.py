@@ -161,7 +161,6 @@ def judge_text(model, corpus, windows, bands, tokenizer, seed, say):
 F1_MARGIN = 0.005  # what a larger alpha must gain to be taken: seeds differ by about as much
 
 
-
 def table_of_run(report):
     """What a run did to held-out prediction, by band, and what the text it writes is like."""
     before, after, alpha = report["before"], report["after"], report["alpha"]
@@ -222,11 +221,15 @@ def table_of_series(reports):
     return "\n".join([*lines, which_alpha(reports)])
 
 
+def smallest_near_best(f1):
+    """Of {alpha: F1}, the smallest alpha whose F1 is within F1_MARGIN of the highest."""
+    return min(alpha for alpha in f1 if f1[alpha] >= max(f1.values()) - F1_MARGIN)
+
+
 def which_alpha(reports):
     """The smallest alpha that is near the best in predicting rare tokens, and why, in a sentence."""
     f1 = {report["alpha"]: report["after"]["f1_by_band"].get("rare", 0) for report in reports}
-    best = max(f1, key=f1.get)
-    chosen = min(alpha for alpha in f1 if f1[alpha] >= f1[best] - F1_MARGIN)
+    best, chosen = max(f1, key=f1.get), smallest_near_best(f1)
     why = f"top-1 predictions of rare tokens have the highest F1 at alpha {best:g}, {f1[best]:.3f}"
     if chosen != best:
         why += f", and {f1[chosen]:.3f} at {chosen:g}: {F1_MARGIN} more would be worth it"

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from study import BANDS, METHODS, RESULTS, SHIFTED, TASKS, TEMPERATURES, name_of, replace
-from sample import F1_MARGIN  # which study made importable
+from sample import smallest_near_best  # which study made importable
 
 T95 = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764}  # Student's t by degrees of freedom, for 95% intervals
 
@@ -166,10 +166,9 @@ ALPHAS = {0: "plain", 0.25: "PDL 0.25", 0.5: "PDL 0.5"}
 
 def taken(results, task):
     """The alpha that train.py's rule takes, for each seed."""
-    f1 = {a: runs_of(results, task, method) for a, method in ALPHAS.items()}
-    f1 = {a: {seed: run["top-1"]["rare_f1"] for seed, run in runs.items()} for a, runs in f1.items()}
-    best = {seed: max(of[seed] for of in f1.values()) for seed in f1[0]}
-    return [min(a for a in f1 if f1[a][seed] >= best[seed] - F1_MARGIN) for seed in best]
+    runs = {alpha: runs_of(results, task, method) for alpha, method in ALPHAS.items()}
+    return [smallest_near_best({alpha: of[seed]["top-1"]["rare_f1"] for alpha, of in runs.items()})
+            for seed in runs[0]]
 
 
 def table_of_rule(results):
@@ -238,13 +237,14 @@ def page_of_task(results, task):
 def page_of_small_data(results):
     rows = []
     for method in METHODS:
-        runs = runs_of(results, "style-5%", method).values()
+        runs = runs_of(results, "style-5%", method)
         if runs:
-            at = [statistics.mean(of(run["curve"]) for run in runs) for of in (min, lambda curve: curve[-1])]
-            ce = [statistics.mean(run["ce"]["0"][i] for run in runs) for i in range(4)]
+            best, end = (mean(results, "style-5%", method, lambda run: of(run["curve"]))
+                         for of in (min, lambda curve: curve[-1]))
+            ce = [mean(results, "style-5%", method, lambda run: run["ce"]["0"][i]) for i in range(4)]
             rises = compare(results, "style-5%", method, lambda run, base: rise(run) - rise(base))
             against = f"{rises:.2f}" if method != "plain" else ""
-            rows.append([method, len(runs), *(f"{x:.2f}" for x in at), against, *(f"{x:.2f}" for x in ce)])
+            rows.append([method, len(runs), f"{best:.2f}", f"{end:.2f}", against, *(f"{x:.2f}" for x in ce)])
     header = ["", "seeds", "best", "at the end", "rise, against plain", "all", *BANDS]
     return SMALL_DATA + table(header, rows) if rows else ""
 

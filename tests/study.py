@@ -60,6 +60,11 @@ N_WINDOWS = 160
 # --- the tasks ---
 
 
+@functools.cache
+def tokenizer():
+    return load_tokenizer(ROOT / "tiny")
+
+
 def functions():
     """The standard library's functions as pairs: signature and docstring, body. Without the long ones."""
     library = Path(os.__file__).parent
@@ -84,7 +89,7 @@ def functions():
 
 def prepare(folder, out):
     """Put what the runs read into out/data; the names of the tasks that can be run, and whether "general"."""
-    data, tokenizer = out / "data", load_tokenizer(ROOT / "tiny")
+    data = out / "data"
     data.mkdir(parents=True, exist_ok=True)
     lines = {"functions": [json.dumps(pair) for pair in functions()]}
     for task in "style", "webnlg":
@@ -102,21 +107,21 @@ def prepare(folder, out):
         for name, which in (task, None), (f"{task}-5%", True), (f"{task}-95%", False):
             chosen = [pair for pair, of in zip(pairs, small) if which is None or of == which]
             (data / f"{name}.jsonl").write_text("\n".join(chosen) + "\n", encoding="utf-8")
-        np.save(data / f"{task}-5%.npy", count_tokens([data / f"{task}-5%.jsonl"], tokenizer))
+        np.save(data / f"{task}-5%.npy", count_tokens([data / f"{task}-5%.jsonl"], tokenizer()))
     general = Path(folder, "english.txt")
     if not general.exists():
         print(f"{general} is not there: the runs with counts of a general text are left out")
         return {"reference", *lines}
-    np.save(data / "general.npy", count_tokens([general], tokenizer))
+    np.save(data / "general.npy", count_tokens([general], tokenizer()))
     return {"reference", "general", *lines}
 
 
 @functools.cache
 def load(task, data):
     """A task's corpus, the counts of its training split, their bands."""
-    tokenizer, path = load_tokenizer(ROOT / "tiny"), data / f"{task}.jsonl"
-    corpus = open_corpus(path if path.exists() else None, tokenizer, 256, data / "token_cache")
-    counts = corpus.train_counts(tokenizer.n_vocab)
+    path = data / f"{task}.jsonl"
+    corpus = open_corpus(path if path.exists() else None, tokenizer(), 256, data / "token_cache")
+    counts = corpus.train_counts(tokenizer().n_vocab)
     return corpus, counts, frequency_bands(counts)
 
 
@@ -164,7 +169,7 @@ def mean_weight(counts, weights):
 def eot_at_mean(step, alpha, counts, args):
     """The weight of the end of text, which every completion has, is that of the mean target."""
     weights = pdl_weights(counts, alpha, args.eps)
-    weights[load_tokenizer(ROOT / "tiny").eot_token] = mean_weight(counts, weights)
+    weights[tokenizer().eot_token] = mean_weight(counts, weights)
     return weights
 
 
@@ -179,7 +184,15 @@ def falling(step, alpha, counts, args):
     return pdl_weights(counts, alpha * (1 - step / args.max_iters), args.eps)
 
 
-METHODS = {  # name: flags of train.py, what is replaced in it
+VARIANTS = {  # name: flags of train.py, what is replaced in it
+    "PDL 0.25, general counts": (["--alpha", 0.25, "--counts", "data/general.npy"], {}),
+    "PDL 0.5, eps 1": (["--alpha", 0.5, "--eps", 1], {}),
+    "PDL 0.5, alpha falling": (["--alpha", 0.5], {"step_weights": falling}),
+    "PDL 0.5, end of text at the mean weight": (["--alpha", 0.5], {"step_weights": eot_at_mean}),
+    "PDL 0.5, weights capped": (["--alpha", 0.5], {"step_weights": capped}),
+    "PDL 0.5, alpha rising": (["--alpha", 0.5, "--alpha_warmup_iters", 300], {}),
+}
+METHODS = {
     "plain": (["--alpha", 0], {}),
     "PDL 0.25": (["--alpha", 0.25], {}),
     "PDL 0.5": (["--alpha", 0.5], {}),
@@ -188,17 +201,11 @@ METHODS = {  # name: flags of train.py, what is replaced in it
     "focal, gamma 2": (["--alpha", 0], focal(2)),
     "label smoothing 0.1": (["--alpha", 0], label_smoothing(0.1)),
     "class-balanced, beta 0.99": (["--alpha", 0], class_balanced(0.99)),
-    "PDL 0.25, general counts": (["--alpha", 0.25, "--counts", "data/general.npy"], {}),
-    "PDL 0.5, eps 1": (["--alpha", 0.5, "--eps", 1], {}),
-    "PDL 0.5, alpha falling": (["--alpha", 0.5], {"step_weights": falling}),
-    "PDL 0.5, end of text at the mean weight": (["--alpha", 0.5], {"step_weights": eot_at_mean}),
-    "PDL 0.5, weights capped": (["--alpha", 0.5], {"step_weights": capped}),
-    "PDL 0.5, alpha rising": (["--alpha", 0.5, "--alpha_warmup_iters", 300], {}),
+    **VARIANTS,
     "PDL 0.25, counts mixed": (
         ["--alpha", 0.25, "--counts", "data/style-5%.npy", "data/general.npy:0.01"], {}),
 }
 BASELINES = "focal, gamma 2", "label smoothing 0.1", "class-balanced, beta 0.99", "focal, gamma 1"
-VARIANTS = tuple(METHODS)[8:14]
 SHIFTED = {  # sampled with sample.py's shift: PDL without training for it, and PDL calibrated again
     "plain, shift 0.25": ("plain", 0.25),
     "plain, shift 0.5": ("plain", 0.5),
@@ -275,7 +282,7 @@ def complete(model, prompts, seed, eot, bias):
         of_n = [i for i, prompt in enumerate(prompts) if len(prompt) == n]
         rows = [(k, i) for i in of_n for k in range(len(TEMPERATURES))]
         temperature = torch.tensor([[max(TEMPERATURES[k], 1e-6)] for k, _ in rows])  # 1e-6: the likeliest
-        unseen, pos, cache = torch.tensor([prompts[i] for _, i in rows]), 0, None
+        unseen, pos = torch.tensor([prompts[i] for _, i in rows]), 0
         cache = model._empty_cache(len(rows), n + LENGTH)
         for _ in range(LENGTH):
             hidden = model(unseen, True, cache, pos)[:, -1]
@@ -387,8 +394,8 @@ def one(task, method, seed, out):
     prompts, references, held_out = prompts_of(judged_on, out / "data")
     path = folder / f"completions{x}.json"
     if not path.exists():
-        eot = load_tokenizer(ROOT / "tiny").eot_token
-        path.write_text(json.dumps(complete(model, prompts, seed, eot, shift(counts, x))))
+        bias = shift(counts, x)
+        path.write_text(json.dumps(complete(model, prompts, seed, tokenizer().eot_token, bias)))
     texts = zip(TEMPERATURES, *json.loads(path.read_text()))
     result = {"text": {t: judge(written, ended, references, held_out, bands) for t, written, ended in texts}}
     if x == 0:
