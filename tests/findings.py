@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from study import BANDS, METHODS, RESULTS, SHIFTED, TASKS, TEMPERATURES, name_of, replace
+from study import BANDS, FIFTH, LONGER, METHODS, RATES, RESULTS, SHIFTED, TASKS, TEMPERATURES, VARIANTS
+from study import name_of, replace
 from sample import smallest_near_best  # which study made importable
 
 T95 = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764}  # Student's t by degrees of freedom, for 95% intervals
@@ -168,13 +169,18 @@ def taken(results, task):
     """The alpha that train.py's rule takes, for each seed."""
     runs = {alpha: runs_of(results, task, method) for alpha, method in ALPHAS.items()}
     return [smallest_near_best({alpha: of[seed]["top-1"]["rare_f1"] for alpha, of in runs.items()})
-            for seed in runs[0]]
+            for seed in set.intersection(*map(set, runs.values()))]
+
+
+def tasks_of(results):
+    """The tasks with all that the rule chooses from."""
+    return [task for task in TASKS | FIFTH if all(runs_of(results, task, of) for of in ALPHAS.values())]
 
 
 def table_of_rule(results):
     """What that rule takes, and how what it chooses from turned out."""
     rows = []
-    for task in TASKS:
+    for task in tasks_of(results):
         f1 = (mean(results, task, method, lambda run: run["top-1"]["rare_f1"]) for method in ALPHAS.values())
         turned_out = (compare(results, task, ALPHAS[a], at_equal_diversity(name))
                       for a in (0.25, 0.5) for name in ("rare_f1", "bleu"))
@@ -199,8 +205,9 @@ MEASURES = {  # of completions: title, format
 
 
 def page_of_task(results, task):
-    title, steps = TASKS[task]
-    methods = [method for method in (*METHODS, *SHIFTED) if runs_of(results, task, method)]
+    title, steps = (TASKS | FIFTH)[task]
+    methods = [method for method in (*METHODS, *SHIFTED)
+               if runs_of(results, task, method) and method not in LONGER | RATES]
     page = f"## {title[0].upper() + title[1:]}\n\n{steps} training steps; {results[task]['n']} prompts.\n\n"
 
     page += "Held-out cross-entropy in nats, and by how much it is lower than after plain training:\n\n"
@@ -234,6 +241,27 @@ def page_of_task(results, task):
     return page + table(["", "temperature", *(title for title, _ in MEASURES.values())], rows)
 
 
+def table_of_pairs(results):
+    """On style transfer: what twice the training, another learning rate, a variant of PDL 0.5 changes."""
+    pairs = [(method + longer, "plain" + longer)
+             for longer in ("", ", 600 steps") for method in ("PDL 0.25", "PDL 0.5")]
+    pairs += [(method, method.split(", learning rate")[0]) for method in RATES]
+    pairs += [(method, "PDL 0.5") for method in VARIANTS if method.startswith("PDL 0.5")]
+    measures = (
+        (nats("all"), ".2f"),
+        (nats("rare"), ".2f"),
+        (at_equal_diversity("rare_f1"), ".3f"),
+        (at_equal_diversity("bleu"), ".3f"),
+        (at_temperature(0.5, "ended"), ".3f"),
+    )
+    rows = []
+    for method, base in pairs:
+        if runs_of(results, "style", method):
+            by = [compare(results, "style", method, measure, base) for measure, _ in measures]
+            rows.append([method, base, *(f"{x:{digits}}" for x, (_, digits) in zip(by, measures))])
+    return table(["", "against", "all: lower by", "rare: lower by", "F1", "BLEU-4", "ended"], rows)
+
+
 def page_of_small_data(results):
     rows = []
     for method in METHODS:
@@ -252,7 +280,8 @@ def page_of_small_data(results):
 def results_page(results):
     """assets/results.md."""
     page = HEAD + "## The paper's claims\n\n" + table_of_claims(results) + RULE + table_of_rule(results)
-    page += "".join(page_of_task(results, task) for task in TASKS) + page_of_small_data(results)
+    page += PAIRS + table_of_pairs(results)
+    page += "".join(page_of_task(results, task) for task in tasks_of(results)) + page_of_small_data(results)
     earlier = [[name, *(f"{x:.2f}" for x in ce)] for name, ce in results["earlier"].items()]
     return (page + EARLIER + table(["", "all", *BANDS], earlier)).rstrip("\n") + "\n"
 
@@ -261,10 +290,10 @@ HEAD = """# What was measured
 
 Written by `python tests/findings.py` from [study.json](study.json); README.md says what it means.
 
-tiny/ is finetuned by each method with seeds 1, 2, 3: batches of 8 x 256 tokens, the same for all methods, a
-learning rate that peaks at 0.003. It then completes held-out prompts, the same for all, at six temperatures,
-without top-k or top-p, with at most 100 tokens. Numbers are means over the seeds; a difference is paired by
-seed and comes with its 95% interval (Student's t).
+tiny/ is finetuned by each method with three seeds, or with five: batches of 8 x 256 tokens, the same for all
+methods, a learning rate that peaks at 0.003. It then completes held-out prompts, the same for all, at six
+temperatures, without top-k or top-p, with at most 100 tokens. Numbers are means over the seeds; a difference
+is paired by seed and comes with its 95% interval (Student's t).
 
 - BLEU-4 is of the corpus, on tokens, with one reference each.
 - Precision, recall and F1 of rare tokens (those of the last tenth of the training text) take each completion
@@ -281,6 +310,12 @@ RULE = """## Which alpha to take
 
 The rule of `train.py --alpha 0 0.25 0.5`: the smallest alpha whose top-1 predictions of rare tokens have an
 F1 within 0.005 of the highest. Then how completions at 0.25 and 0.5 turned out against 0, at equal diversity.
+
+"""
+PAIRS = """## Longer, at other learning rates, and variants
+
+Style transfer: cross-entropies in nats; F1 of rare tokens and BLEU-4 at equal diversity; the share of the
+completions that end, at temperature 0.5. Each against what the second column names.
 
 """
 SMALL_DATA = """## Style transfer, from a twentieth of the data
@@ -306,7 +341,7 @@ CURVES = {
     "plain, shift 0.25": {"color": "black", "linestyle": "--", "linewidth": 1.2},
     "focal, gamma 2": {"color": "tab:blue", "linewidth": 0.8},
     "label smoothing 0.1": {"color": "tab:green", "linewidth": 0.8},
-    "class-balanced, beta 0.99": {"color": "tab:purple", "linewidth": 0.8},
+    "class-balanced, beta 0.9": {"color": "tab:purple", "linewidth": 0.8},
 }
 
 

@@ -104,13 +104,20 @@ def test_tasks_are_made_from_clones(tmp_path):
     folder = tmp_path / "b" / "data" / "v1.6" / "en" / "train" / "1triples"
     folder.mkdir(parents=True)
     (folder / "Airport.xml").write_text(entry, encoding="utf-8")
+    folder = tmp_path / "c" / "data" / "tinyshakespeare"
+    folder.mkdir(parents=True)
+    play = "All:\nSpeak,\nspeak.\n\nFirst Citizen:\nYou are\nall.\n"
+    (folder / "input.txt").write_text(play, encoding="utf-8")
     subprocess.run(
-        [sys.executable, make_tasks.__file__, "a", "b", "tasks"], cwd=tmp_path, check=True, timeout=60
+        [sys.executable, make_tasks.__file__, "a", "b", "c", "tasks"], cwd=tmp_path, check=True, timeout=60
     )
-    style, webnlg = (
+    style, webnlg, dialogue = (
         [json.loads(line) for line in (tmp_path / "tasks" / name).read_text(encoding="utf-8").splitlines()]
-        for name in ("style.jsonl", "webnlg.jsonl")
+        for name in ("style.jsonl", "webnlg.jsonl", "dialogue.jsonl")
     )
+    assert dialogue == [
+        {"prompt": "All:\nSpeak,\nspeak.\n\nFirst Citizen:", "completion": "\nYou are\nall."}
+    ]
     assert [pair["completion"] for pair in style] == [" Thou train .", " Thou valid .", " Thou test ."]
     assert style[0]["prompt"] == "Modern: You train .\nShakespeare:"
     assert webnlg == [
