@@ -6,6 +6,7 @@ What the study comes to: tables and a figure, from assets/study.json alone.
 """
 
 import argparse
+import functools
 import json
 import math
 import statistics
@@ -243,22 +244,19 @@ def page_of_task(results, task):
 
 def table_of_pairs(results):
     """On style transfer: what twice the training, another learning rate, a variant of PDL 0.5 changes."""
-    pairs = [(method + longer, "plain" + longer)
-             for longer in ("", ", 600 steps") for method in ("PDL 0.25", "PDL 0.5")]
+    pairs = []
+    for longer in "", ", 600 steps":
+        methods = f"PDL 0.25{longer}", f"PDL 0.5{longer}", f"plain{longer}, shift 0.25"
+        pairs += [(method, f"plain{longer}") for method in methods]
     pairs += [(method, method.split(", learning rate")[0]) for method in RATES]
     pairs += [(method, "PDL 0.5") for method in VARIANTS if method.startswith("PDL 0.5")]
-    measures = (
-        (nats("all"), ".2f"),
-        (nats("rare"), ".2f"),
-        (at_equal_diversity("rare_f1"), ".3f"),
-        (at_equal_diversity("bleu"), ".3f"),
-        (at_temperature(0.5, "ended"), ".3f"),
-    )
+    of_text = at_equal_diversity("rare_f1"), at_equal_diversity("bleu"), at_temperature(0.5, "ended")
     rows = []
     for method, base in pairs:
-        if runs_of(results, "style", method):
-            by = [compare(results, "style", method, measure, base) for measure, _ in measures]
-            rows.append([method, base, *(f"{x:{digits}}" for x, (_, digits) in zip(by, measures))])
+        by = functools.partial(compare, results, "style", method, base=base)
+        if by(of_text[0]):
+            ce = ["", ""] if "shift" in method else [f"{by(nats(band)):.2f}" for band in ("all", "rare")]
+            rows.append([method, base, *ce, *(f"{by(measure):.3f}" for measure in of_text)])
     return table(["", "against", "all: lower by", "rare: lower by", "F1", "BLEU-4", "ended"], rows)
 
 

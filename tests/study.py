@@ -228,6 +228,7 @@ SHIFTED = {  # sampled with sample.py's shift: PDL without training for it, and 
     "PDL 0.5, shift -0.5": ("PDL 0.5", -0.5),
     "PDL 1, shift -1": ("PDL 1", -1),
 }
+SHIFTED_LONGER = {"plain, 600 steps, shift 0.25": ("plain, 600 steps", 0.25)}
 
 
 def runs():
@@ -238,7 +239,7 @@ def runs():
     yield from itertools.product(TASKS, ["plain, shift 0.25"], SEEDS)
     yield from itertools.product(["style"], (*SHIFTED, *BASELINES, *STRONGER), SEEDS)
     yield from itertools.product(["style-5%"], ["plain", "PDL 0.25", "PDL 0.25, counts mixed"], SEEDS)
-    yield from itertools.product(["style"], (*LONGER, *VARIANTS), SEEDS)
+    yield from itertools.product(["style"], (*LONGER, *SHIFTED_LONGER, *VARIANTS), SEEDS)
     yield from itertools.product(TASKS, ["plain", "PDL 0.25", "plain, shift 0.25"], MORE_SEEDS)
     yield from itertools.product(FIFTH, (*alphas, "plain, shift 0.25"), SEEDS)
     yield from itertools.product(["webnlg"], BASELINES, SEEDS)
@@ -405,7 +406,7 @@ def prompts_of(task, data):
 
 def one(task, method, seed, out):
     """Train, if that is not done; measure. The entry of the run."""
-    trained, x = SHIFTED.get(method, (method, 0))
+    trained, x = (SHIFTED | SHIFTED_LONGER).get(method, (method, 0))
     folder = finetune(task, trained, seed, out)
     model, judged_on = GPT.from_pretrained(folder).eval(), task.replace("-5%", "-95%")
     corpus, counts, bands = load(judged_on, out / "data")
