@@ -193,6 +193,7 @@ VARIANTS = {  # name: flags of train.py, what is replaced in it
     "PDL 0.5, end of text at the mean weight": (["--alpha", 0.5], {"step_weights": eot_at_mean}),
     "PDL 0.5, weights capped": (["--alpha", 0.5], {"step_weights": capped}),
     "PDL 0.5, alpha rising": (["--alpha", 0.5, "--alpha_warmup_iters", 300], {}),
+    "PDL 0.25, alpha rising": (["--alpha", 0.25, "--alpha_warmup_iters", 300], {}),
 }
 METHODS = {
     "plain": (["--alpha", 0], {}),
@@ -242,7 +243,8 @@ def runs():
     yield from itertools.product(["style"], (*LONGER, *SHIFTED_LONGER, *VARIANTS), SEEDS)
     yield from itertools.product(TASKS, ["plain", "PDL 0.25", "plain, shift 0.25"], MORE_SEEDS)
     yield from itertools.product(FIFTH, (*alphas, "plain, shift 0.25"), SEEDS)
-    yield from itertools.product(["webnlg"], BASELINES, SEEDS)
+    matters_more = "PDL 0.5, alpha rising", "PDL 0.5, end of text at the mean weight"
+    yield from itertools.product(["webnlg"], (*matters_more, *BASELINES), SEEDS)
     yield from itertools.product(["style"], RATES, [1])
     yield from itertools.product(["style"], ["focal, gamma 1"], SEEDS)
     yield from itertools.product(["functions", "reference"], BASELINES, SEEDS)
