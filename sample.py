@@ -218,7 +218,7 @@ def table_of_series(reports):
         lines.append(f"{name:8}" + "".join(f"{x:10.3f}" for x in (*ce, f1)) + text)
     lines.append(f"{'the text':58}" + of_text(reports[0]["text"]["the text"]))
     lines.append("\nTheir text is sampled at temperature 1, the last column greedy; best near the text.")
-    return "\n".join([*lines, which_alpha(reports)])
+    return "\n".join([*lines, which_alpha(reports)[1]])
 
 
 def smallest_near_best(f1):
@@ -227,13 +227,13 @@ def smallest_near_best(f1):
 
 
 def which_alpha(reports):
-    """The smallest alpha that is near the best in predicting rare tokens, and why, in a sentence."""
+    """The smallest alpha that is near the best in predicting rare tokens; and why, in a sentence."""
     f1 = {report["alpha"]: report["after"]["f1_by_band"].get("rare", 0) for report in reports}
     best, chosen = max(f1, key=f1.get), smallest_near_best(f1)
-    why = f"top-1 predictions of rare tokens have the highest F1 at alpha {best:g}, {f1[best]:.3f}"
+    why = f"top-1 predictions of rare tokens have an F1 of {f1[chosen]:.3f}, the highest"
     if chosen != best:
-        why += f", and {f1[chosen]:.3f} at {chosen:g}: {F1_MARGIN} more would be worth it"
-    return f"Take alpha {chosen:g}: {why}."
+        why += f" but {f1[best]:.3f} at {best:g}, which is not {F1_MARGIN} more"
+    return chosen, f"Take alpha {chosen:g}: {why}."
 
 
 # --- the command line ---

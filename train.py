@@ -60,8 +60,8 @@ def main():
     else:
         if series and machine.rank == 0:
             print(sample.table_of_series(reports) + "\n")
-        where = "" if folders[0] == Path("out") else f" --init_from {folders[0]}"
-        machine.say(f"now: python sample.py{where}{', or another of them' * series}")
+            folder = folders[args.alpha.index(sample.which_alpha(reports)[0])]
+        machine.say("now: python sample.py" + ("" if folder == Path("out") else f" --init_from {folder}"))
         machine.say(note and "NOTE: this was tiny/, not gpt2")
     if machine.world_size > 1:
         dist.destroy_process_group()

@@ -55,7 +55,7 @@ FIFTH = {"dialogue": ("dialogue", 200)}  # for the rule that takes an alpha, whi
 TEMPERATURES = 0, 0.3, 0.5, 0.7, 0.85, 1
 LEARNING_RATE = 3e-3
 SEEDS, MORE_SEEDS = (1, 2, 3), (4, 5)  # the latter for what is compared first
-LENGTH = 100  # tokens that a model may write: nearly all completions are shorter
+LENGTH = 100  # tokens that a model may write; what is longer of the references, is cut there
 N_WINDOWS = 160
 
 

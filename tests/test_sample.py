@@ -227,11 +227,13 @@ def test_samples_of_nothing_have_measures_that_json_knows():
 def test_the_alpha_to_take_is_the_smallest_that_is_near_the_best():
     def taken(f1):
         reports = [{"alpha": alpha, "after": {"f1_by_band": {"rare": x}}} for alpha, x in f1.items()]
-        return sample.which_alpha(reports).partition(":")[0]
+        alpha, sentence = sample.which_alpha(reports)
+        assert sentence.startswith(f"Take alpha {alpha}: ")
+        return alpha
 
-    assert taken({0: 0.11, 0.25: 0.14, 0.5: 0.12}) == "Take alpha 0.25"
-    assert taken({0: 0.556, 0.25: 0.560, 0.5: 0.43}) == "Take alpha 0"
-    assert taken({0.5: 0.145, 0.25: 0.142, 0: 0.11}) == "Take alpha 0.25"
+    assert taken({0: 0.11, 0.25: 0.14, 0.5: 0.12}) == 0.25
+    assert taken({0: 0.556, 0.25: 0.560, 0.5: 0.43}) == 0
+    assert taken({0.5: 0.145, 0.25: 0.142, 0: 0.11}) == 0.25
 
 
 def test_the_sentence_below_the_table_reads_it_aloud():
