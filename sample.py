@@ -56,8 +56,11 @@ class Scores(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(model, corpus, windows, batch_size, autocast, progress=lambda part: None):
-    """The Scores of a model on windows (W, 2) of a corpus, batch_size at a time; progress is told."""
+def evaluate(model, corpus, windows, batch_size, autocast, progress=lambda part: None, logit_bias=None):
+    """The Scores of a model on windows (W, 2) of a corpus, batch_size at a time; progress is told.
+
+    logit_bias: (V,), added to the logits, as in GPT.generate.
+    """
     device, was_training = model.lm_head.device, model.training
     scores = Scores(*torch.zeros(4, len(model.lm_head), dtype=torch.float64))
     model.eval()
@@ -68,6 +71,8 @@ def evaluate(model, corpus, windows, batch_size, autocast, progress=lambda part:
             hidden = model(x.to(device), return_hidden=True)[y.to(device) != -100]
             for h, t in zip(hidden.split(512), y[y != -100].split(512)):  # all logits at once would not fit
                 logits = F.linear(h, model.lm_head).float()
+                if logit_bias is not None:
+                    logits += logit_bias.to(device)
                 ce = F.cross_entropy(logits, t.to(device), reduction="none").cpu().double()
                 likeliest, one = logits.argmax(-1).cpu(), torch.ones_like(ce)
                 for total, of_target in zip(scores, (one, ce, (likeliest == t).double())):
@@ -206,34 +211,47 @@ def table_of_series(reports):
     def of_text(measured):
         return f"{measured['rare_share']:12.1%}{measured['distinct_2']:12.3f}{measured['repeated_4']:12.3f}"
 
-    lines = ["               held-out cross-entropy, nats        rare tokens         the text it writes",
-             "alpha          all  frequent    middle      rare  top-1 F1  rare share  distinct-2  repeated-4"]
+    lines = [
+        "                    held-out cross-entropy, nats        rare tokens         the text it writes",
+        "alpha               all  frequent    middle      rare  top-1 F1  rare share  distinct-2  repeated-4",
+    ]
     results = [("before", reports[0]["before"], "")]
     for report in reports:
         text = report["text"]["sampled"] | {"repeated_4": report["text"]["greedy"]["repeated_4"]}
         results.append((f"{report['alpha']:g}", report["after"], of_text(text)))
+        results += [(f"0, shift {x}", result, "") for x, result in report["shifted"].items()]
     for name, result, text in results:
         ce = [result["val_ce"], *(result["ce_by_band"].get(band, math.nan) for band in BANDS)]
-        f1 = result["f1_by_band"].get("rare", math.nan)
-        lines.append(f"{name:8}" + "".join(f"{x:10.3f}" for x in (*ce, f1)) + text)
-    lines.append(f"{'the text':58}" + of_text(reports[0]["text"]["the text"]))
+        lines.append(f"{name:13}" + "".join(f"{x:10.3f}" for x in (*ce, f1_of_rare(result))) + text)
+    lines.append(f"{'the text':63}" + of_text(reports[0]["text"]["the text"]))
     lines.append("\nTheir text is sampled at temperature 1, the last column greedy; best near the text.")
-    return "\n".join([*lines, which_alpha(reports)[1]])
+    return "\n".join([*lines, what_to_take(reports)[2]])
 
 
-def smallest_near_best(f1):
-    """Of {alpha: F1}, the smallest alpha whose F1 is within F1_MARGIN of the highest."""
-    return min(alpha for alpha in f1 if f1[alpha] >= max(f1.values()) - F1_MARGIN)
+def f1_of_rare(result):
+    return result["f1_by_band"].get("rare", 0.0)
 
 
-def which_alpha(reports):
-    """The smallest alpha that is near the best in predicting rare tokens; and why, in a sentence."""
-    f1 = {report["alpha"]: report["after"]["f1_by_band"].get("rare", 0) for report in reports}
-    best, chosen = max(f1, key=f1.get), smallest_near_best(f1)
+def first_near_best(f1):
+    """The first key whose F1 is within F1_MARGIN of the highest."""
+    return next(key for key in f1 if f1[key] >= max(f1.values()) - F1_MARGIN)
+
+
+def what_to_take(reports):
+    """The alpha, and the shift when sampling, that predict rare tokens well; and why, in a sentence.
+
+    Of those near the best the cheapest: plain training, that and a shift, training at the smallest alpha.
+    """
+    f1 = {}
+    for report in sorted(reports, key=lambda report: report["alpha"]):
+        f1[f"{report['alpha']:g}", None] = f1_of_rare(report["after"])
+        f1 |= {("0", x): f1_of_rare(result) for x, result in report["shifted"].items()}
+    names = {(alpha, x): f"alpha {alpha}" + f" and --shift {x}" * bool(x) for alpha, x in f1}
+    best, chosen = max(f1, key=f1.get), first_near_best(f1)
     why = f"top-1 predictions of rare tokens have an F1 of {f1[chosen]:.3f}, the highest"
     if chosen != best:
-        why += f" but {f1[best]:.3f} at {best:g}, which is not {F1_MARGIN} more"
-    return chosen, f"Take alpha {chosen:g}: {why}."
+        why += f" but {f1[best]:.3f} with {names[best]}, which is not {F1_MARGIN} more"
+    return *chosen, f"Take {names[chosen]}: {why}."
 
 
 # --- the command line ---

@@ -48,7 +48,7 @@ def main():
     if not all(is_run(folder) for folder in folders):
         source, note = machine.once(lambda: find_model(args))
         machine.say(note)
-    reports = []
+    reports, flags = [], "" if out == Path("out") else f" --init_from {out}"
     for alpha, folder in zip(args.alpha, folders):
         report = finetune(args, alpha, folder, source, machine)
         if report is None:
@@ -60,8 +60,11 @@ def main():
     else:
         if series and machine.rank == 0:
             print(sample.table_of_series(reports) + "\n")
-            folder = folders[args.alpha.index(sample.which_alpha(reports)[0])]
-        machine.say("now: python sample.py" + ("" if folder == Path("out") else f" --init_from {folder}"))
+            alpha, shift, _ = sample.what_to_take(reports)
+            folder = out / f"alpha-{alpha}"
+            flags = f" --init_from {folder}"
+            flags += f" --counts {folder / 'counts.npy'} --shift {shift}" if shift else ""
+        machine.say(f"now: python sample.py{flags}")
         machine.say(note and "NOTE: this was tiny/, not gpt2")
     if machine.world_size > 1:
         dist.destroy_process_group()
@@ -279,7 +282,12 @@ class Run:
                 if (source / name).exists():
                     content = (source / name).read_bytes()
                     replace(self.folder / name, lambda part: part.write_bytes(content))
+            replace(self.folder / "counts.npy", self.write_counts)
             write_json(self.folder / "args.json", vars(self.args))
+
+    def write_counts(self, path):
+        with open(path, "wb") as file:
+            np.save(file, self.counts)
 
     def resume(self):
         """Go on from resume.pt. Raises ValueError if text or counts are not what they were."""
@@ -397,11 +405,19 @@ class Run:
         """Judge the best weights, and write report.json."""
         self.optimizer.state.clear()  # makes room
         self.model.load_weights(self.folder)
+        shifted = {}
+        if self.alpha == 0:
+            for alpha in sorted(self.args.alpha)[1:]:  # what the others do, without training for it
+                self.machine.say(f"evaluating with a shift of {alpha:g} ...")
+                scores = sample.evaluate(self.model, self.corpus, self.windows, self.args.batch_size,
+                                         self.machine.autocast(), logit_bias=sample.shift(self.counts, alpha))
+                shifted[f"{alpha:g}"] = sample.summarize(scores, self.weights, self.counts, self.bands,
+                                                         self.tokenizer)
         with self.machine.autocast():
             written = sample.judge_text(self.model, self.corpus, self.windows, self.bands, self.tokenizer,
                                         self.args.seed, self.machine.say)
         report = {"alpha": self.alpha, "args": vars(self.args), "share_of_weight": self.share_of_weight,
-                  "before": self.before, "after": self.after} | written
+                  "before": self.before, "after": self.after, "shifted": shifted} | written
         write_json(self.folder / "report.json", report)
         return report
 

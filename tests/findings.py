@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from study import BANDS, FIFTH, LONGER, METHODS, RATES, RESULTS, SHIFTED, SHIFTED_LONGER, TASKS
-from study import TEMPERATURES, VARIANTS, name_of, replace
-from sample import smallest_near_best  # which study made importable
+from study import BANDS, FIFTH, LONGER, METHODS, RATES, RESULTS, SHIFTED, TASKS, TEMPERATURES, VARIANTS
+from study import name_of, replace
+from sample import first_near_best  # which study made importable
 
 T95 = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764}  # Student's t by degrees of freedom, for 95% intervals
 
@@ -43,16 +43,6 @@ class Difference(NamedTuple):
 
     def __format__(self, digits):
         return f"{self.mean:+{digits}}" + (f" ± {self.half:{digits}}" if self.n > 1 else " (one seed)")
-
-
-def load():
-    """study.json; a shifted model has the cross-entropies of the tau that it was shifted by."""
-    results = json.loads(RESULTS.read_bytes())
-    for method, (trained, x) in (SHIFTED | SHIFTED_LONGER).items():
-        for task in TASKS | FIFTH:
-            for seed, run in runs_of(results, task, method).items():
-                run["ce"] = {"0": results[name_of(task, trained, seed)]["ce"][str(-x)]}
-    return results
 
 
 def runs_of(results, task, method):
@@ -171,6 +161,10 @@ def table_of_claims(results):
 # --- tables ---
 
 
+def tasks_of(results):
+    return [task for task in TASKS | FIFTH if runs_of(results, task, "plain")]
+
+
 def mean(results, task, method, of):
     return statistics.mean(map(of, runs_of(results, task, method).values()))
 
@@ -187,32 +181,33 @@ def table(header, rows):
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines) + "\n"
 
 
-ALPHAS = {0: "plain", 0.25: "PDL 0.25", 0.5: "PDL 0.5"}
+WAYS = {  # what train.py --alpha 0 0.25 0.5 chooses from, the cheapest first
+    "plain": "0",
+    "plain, shift 0.25": "shift 0.25",
+    "plain, shift 0.5": "shift 0.5",
+    "PDL 0.25": "0.25",
+    "PDL 0.5": "0.5",
+}
 
 
 def taken(results, task):
-    """The alpha that train.py's rule takes, for each seed."""
-    runs = {alpha: runs_of(results, task, method) for alpha, method in ALPHAS.items()}
-    return [smallest_near_best({alpha: of[seed]["top-1"]["rare_f1"] for alpha, of in runs.items()})
+    """What train.py's rule takes, for each seed."""
+    runs = {name: runs_of(results, task, method) for method, name in WAYS.items()}
+    return [first_near_best({name: of[seed]["top-1"]["rare_f1"] for name, of in runs.items()})
             for seed in set.intersection(*map(set, runs.values()))]
-
-
-def tasks_of(results):
-    """The tasks with all that the rule chooses from."""
-    return [task for task in TASKS | FIFTH if all(runs_of(results, task, of) for of in ALPHAS.values())]
 
 
 def table_of_rule(results):
     """What that rule takes, and how what it chooses from turned out."""
     rows = []
-    for task in tasks_of(results):
-        f1 = (mean(results, task, method, lambda run: run["top-1"]["rare_f1"]) for method in ALPHAS.values())
-        turned_out = (compare(results, task, ALPHAS[a], at_equal_diversity(name))
-                      for a in (0.25, 0.5) for name in ("rare_f1", "bleu"))
-        rows.append([task, *(f"{x:.3f}" for x in f1), ", ".join(map(str, taken(results, task))),
+    for task in filter(functools.partial(taken, results), tasks_of(results)):
+        f1 = (mean(results, task, method, lambda run: run["top-1"]["rare_f1"]) for method in WAYS)
+        turned_out = (compare(results, task, method, at_equal_diversity(name))
+                      for method in ("plain, shift 0.25", "PDL 0.25") for name in ("rare_f1", "bleu"))
+        rows.append([task, *(f"{x:.3f}" for x in f1), ", ".join(taken(results, task)),
                      *(f"{difference:.3f}" for difference in turned_out)])
-    turned_out = "0.25: F1", "BLEU-4", "0.5: F1", "BLEU-4"
-    return table(["", "top-1 F1 at 0", "at 0.25", "at 0.5", "taken, by seed", *turned_out], rows)
+    turned_out = "shift 0.25: F1", "BLEU-4", "0.25: F1", "BLEU-4"
+    return table(["", *(f"top-1 F1: {name}" for name in WAYS.values()), "taken, by seed", *turned_out], rows)
 
 
 MEASURES = {  # of completions: title, format
@@ -241,8 +236,8 @@ def page_of_task(results, task):
         ce = [mean(results, task, method, lambda run: run["ce"]["0"][i]) for i in range(4)]
         lower = [f"{compare(results, task, method, nats(band)):.2f}" for band in ("all", "rare")]
         lower = lower if method != "plain" else ["", ""]
-        tau = best_tau(results, task, method) if method not in SHIFTED else ""
-        rows.append([method, len(runs_of(results, task, method)), *(f"{x:.2f}" for x in ce), *lower, tau])
+        ce = [len(runs_of(results, task, method)), *(f"{x:.2f}" for x in ce)]
+        rows.append([method, *ce, *lower, best_tau(results, task, method)])
     page += table(["", "seeds", "all", *BANDS, "all: lower by", "rare: lower by", "best tau"], rows)
 
     page += "At equal diversity, by how much completions are better than those of the plain model:\n\n"
@@ -332,8 +327,9 @@ has; a difference is over those that both have, paired, and comes with its 95% i
 """
 RULE = """## Which alpha to take
 
-The rule of `train.py --alpha 0 0.25 0.5`: the smallest alpha whose top-1 predictions of rare tokens have an
-F1 within 0.005 of the highest. Then how completions at 0.25 and 0.5 turned out against 0, at equal diversity.
+The rule of `train.py --alpha 0 0.25 0.5`: of what predicts rare tokens with a top-1 F1 within 0.005 of the
+highest, the cheapest: plain training, a shift, the smallest alpha. Then how completions with a shift of 0.25
+and at alpha 0.25 turned out against plain ones, at equal diversity.
 
 """
 PAIRS = """## Longer, at other learning rates, and variants
@@ -400,7 +396,7 @@ if __name__ == "__main__":
     p = argparse.ArgumentParser(description="Write what the study comes to.")
     p.add_argument("--figure", action="store_true", help="draw assets/study.svg, not the tables")
     args = p.parse_args()
-    results = load()
+    results = json.loads(RESULTS.read_bytes())
     if args.figure:
         figure(results)
     else:

@@ -237,12 +237,12 @@ def runs():
     alphas = "plain", "PDL 0.25", "PDL 0.5"
     for tasks in ("style", "webnlg"), ("functions", "reference"):
         yield from itertools.product(tasks, alphas, SEEDS)
-    yield from itertools.product(TASKS, ["plain, shift 0.25"], SEEDS)
+    yield from itertools.product(TASKS, ["plain, shift 0.25", "plain, shift 0.5"], SEEDS)
     yield from itertools.product(["style"], (*SHIFTED, *BASELINES, *STRONGER), SEEDS)
     yield from itertools.product(["style-5%"], ["plain", "PDL 0.25", "PDL 0.25, counts mixed"], SEEDS)
     yield from itertools.product(["style"], (*LONGER, *SHIFTED_LONGER, *VARIANTS), SEEDS)
     yield from itertools.product(TASKS, ["plain", "PDL 0.25", "plain, shift 0.25"], MORE_SEEDS)
-    yield from itertools.product(FIFTH, (*alphas, "plain, shift 0.25"), SEEDS)
+    yield from itertools.product(FIFTH, (*alphas, "plain, shift 0.25", "plain, shift 0.5"), SEEDS)
     matters_more = "PDL 0.5, alpha rising", "PDL 0.5, end of text at the mean weight"
     yield from itertools.product(["webnlg"], (*matters_more, *BASELINES), SEEDS)
     yield from itertools.product(["style"], RATES, [1])
@@ -364,8 +364,8 @@ TAUS = -0.5, -0.25, 0, 0.125, 0.25, 0.375, 0.5, 0.75, 1, 1.25
 
 
 @torch.no_grad()
-def predict(model, corpus, counts, bands):
-    """How well the model predicts held-out text.
+def predict(model, corpus, counts, bands, bias):
+    """How well the model with bias (V,) on its logits predicts held-out text.
 
     Cross-entropies of all, frequent, middle and rare targets with tau * log(max(freq, 1)) added to the
     logits, by tau; precision, recall and F1 of the likeliest tokens as predictions of rare targets.
@@ -375,7 +375,7 @@ def predict(model, corpus, counts, bands):
     for inputs, targets in zip(x.split(8), y.split(8)):
         hidden = model(inputs, return_hidden=True)[targets != -100]
         for h, t in zip(hidden.split(512), targets[targets != -100].split(512)):
-            logits = F.linear(h, model.lm_head)
+            logits = F.linear(h, model.lm_head) + bias
             likeliest.append(logits.argmax(-1))
             for tau in TAUS:
                 ce[tau].append(F.cross_entropy(logits + tau * log_freq, t, reduction="none"))
@@ -414,13 +414,12 @@ def one(task, method, seed, out):
     corpus, counts, bands = load(judged_on, out / "data")
     prompts, references, held_out = prompts_of(judged_on, out / "data")
     path = folder / f"completions{x}.json"
+    bias = shift(counts, x)
     if not path.exists():
-        bias = shift(counts, x)
         path.write_text(json.dumps(complete(model, prompts, seed, tokenizer().eot_token, bias)))
     texts = zip(TEMPERATURES, *json.loads(path.read_text()))
     result = {"text": {t: judge(written, ended, references, held_out, bands) for t, written, ended in texts}}
-    if x == 0:
-        result |= predict(model, corpus, counts, bands)
+    result |= predict(model, corpus, counts, bands, bias)
     if task != judged_on:
         log = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
         result["curve"] = [entry["val_ce"] for entry in log if "val_ce" in entry]

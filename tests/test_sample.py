@@ -224,16 +224,20 @@ def test_samples_of_nothing_have_measures_that_json_knows():
     json.loads(json.dumps(m), parse_constant=pytest.fail)
 
 
-def test_the_alpha_to_take_is_the_smallest_that_is_near_the_best():
-    def taken(f1):
-        reports = [{"alpha": alpha, "after": {"f1_by_band": {"rare": x}}} for alpha, x in f1.items()]
-        alpha, sentence = sample.which_alpha(reports)
-        assert sentence.startswith(f"Take alpha {alpha}: ")
-        return alpha
+def test_what_to_take_is_the_cheapest_that_is_near_the_best():
+    def taken(f1, **shifted):
+        def result(x):
+            return {"f1_by_band": {"rare": x}}
 
-    assert taken({0: 0.11, 0.25: 0.14, 0.5: 0.12}) == 0.25
-    assert taken({0: 0.556, 0.25: 0.560, 0.5: 0.43}) == 0
-    assert taken({0.5: 0.145, 0.25: 0.142, 0: 0.11}) == 0.25
+        reports = [{"alpha": alpha, "after": result(x), "shifted": {}} for alpha, x in f1.items()]
+        reports[0]["shifted"] = {"0.25": result(x) for x in shifted.values()}
+        return sample.what_to_take(reports)[:2]
+
+    assert taken({0: 0.11, 0.25: 0.14, 0.5: 0.12}) == ("0.25", None)
+    assert taken({0: 0.556, 0.25: 0.560, 0.5: 0.43}) == ("0", None)
+    assert taken({0.5: 0.145, 0.25: 0.142}) == ("0.25", None)
+    assert taken({0: 0.11, 0.25: 0.14}, shift=0.137) == ("0", "0.25")  # costs no training
+    assert taken({0: 0.11, 0.25: 0.14}, shift=0.131) == ("0.25", None)
 
 
 def test_the_sentence_below_the_table_reads_it_aloud():

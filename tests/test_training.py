@@ -217,10 +217,12 @@ def test_a_series_is_its_single_runs_and_a_table(train, text, losses, report):
         cells = table_rows(out)[alpha]
         shown = after["val_ce"], *after["ce_by_band"].values(), after["f1_by_band"]["rare"]
         assert cells[1:6] == [f"{x:.3f}" for x in shown]
-    assert list(table_rows(out)) == ["before", "0", "0.5", "the"]  # the text itself
+    assert list(table_rows(out)) == ["before", "0", "0,", "0.5", "the"]  # 0 with a shift, the text itself
     assert out.count("distinct-2") == 1
-    (taken,) = re.findall("Take alpha (.*?):", out)
-    assert out.endswith(f"now: python sample.py --init_from {Path('out', f'alpha-{taken}')}\n")
+    ((alpha, shift),) = re.findall(r"Take alpha (.*?)(?: and --shift (.*?))?:", out)
+    command = f"now: python sample.py --init_from {Path('out', f'alpha-{alpha}')}"
+    command += f" --counts {Path('out/alpha-0/counts.npy')} --shift {shift}" if shift else ""
+    assert out.endswith(command + "\n")
     assert losses(text / "out/alpha-0") != losses(text / "out/alpha-0.5")
 
 
