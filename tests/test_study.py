@@ -49,6 +49,12 @@ def test_equal_diversity_compares_where_both_curves_are():
     assert findings.at_equal_diversity("bleu")(other, base) == pytest.approx(0.15)
 
 
+def test_equal_cost_compares_with_the_shift_that_loses_as_much():
+    base = {"ce": {str(tau): [1 + tau**2, 0, 0, 3 + tau] for tau in (-0.5, -0.25, 0, 0.25)}}
+    run = {"ce": {"0": [1.09, 0, 0, 2.6]}}  # at tau -0.3 the base loses 0.09 of all, and has 2.7 of rare
+    assert findings.rare_nats_at_equal_cost(run, base) == pytest.approx(0.1, abs=1e-5)
+
+
 def test_an_interval_is_students():
     difference = findings.Difference.of([1, 2, 3])  # standard deviation 1; t(0.975; 2 degrees) = 4.302653
     assert (difference.mean, difference.half) == (2, pytest.approx(4.302653 / 3**0.5, rel=1e-4))
