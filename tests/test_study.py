@@ -159,7 +159,8 @@ def test_the_readme_says_what_was_measured(root):
         return [f" {name.replace('shift', 'shift of')} with {n}" for name, n in names.items()]
 
     bleu, nats = findings.at_equal_diversity("bleu"), findings.nats
-    longer = (findings.compare(results, "style", "PDL 0.25, 600 steps", measure, "plain, 600 steps")
+    longer = (findings.compare(results, "style", method, measure, "plain, 600 steps")
+              for method in ("PDL 0.25, 600 steps", "plain, 600 steps, shift 0.25")
               for measure in (findings.at_equal_diversity("rare_f1"), bleu))
     rising = (findings.compare(results, "style", "PDL 0.5, alpha rising", nats(band), "PDL 0.5").mean
               for band in ("rare", "all"))
@@ -170,7 +171,7 @@ def test_the_readme_says_what_was_measured(root):
     for phrase in (
         f"rare tokens gain {span('PDL 0.25', findings.nats('rare'))} nats",
         f"all tokens lose {span('plain', findings.nats('all'), 'PDL 0.25')}",
-        "training style transfer has F1 {:.3f} and BLEU-4 {:.3f}".format(*longer),
+        "F1 {:.3f} and BLEU-4 {:.3f} (with the shift {:.3f} and {:.3f})".format(*longer),
         f"BLEU-4 is {span('plain', bleu, 'PDL 0.5')} lower",
         "by {:.2f} nats of rare and {:.2f} of all tokens".format(*rising),
         f"rare tokens {span('plain, shift 0.25', findings.nats('rare'))} nats better",
