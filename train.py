@@ -59,8 +59,8 @@ def main():
             print(sample.which_weights(report, folder) + "\n")
     else:
         if series and machine.rank == 0:
-            print(sample.table_of_series(reports) + "\n")
-            alpha, shift, _ = sample.what_to_take(reports)
+            alpha, shift, why = sample.what_to_take(reports)
+            print(sample.table_of_series(reports), why + "\n", sep="\n")
             folder = out / f"alpha-{alpha}"
             flags = f" --init_from {folder}"
             flags += f" --counts {folder / 'counts.npy'} --shift {shift}" if shift else ""
@@ -409,8 +409,9 @@ class Run:
         if self.alpha == 0:
             for alpha in sorted(self.args.alpha)[1:]:  # what the others do, without training for it
                 self.machine.say(f"evaluating with a shift of {alpha:g} ...")
+                bias = sample.shift(self.counts, alpha).to(self.machine.device)
                 scores = sample.evaluate(self.model, self.corpus, self.windows, self.args.batch_size,
-                                         self.machine.autocast(), logit_bias=sample.shift(self.counts, alpha))
+                                         self.machine.autocast(), logit_bias=bias)
                 shifted[f"{alpha:g}"] = sample.summarize(scores, self.weights, self.counts, self.bands,
                                                          self.tokenizer)
         with self.machine.autocast():
