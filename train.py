@@ -327,7 +327,9 @@ class Run:
         say(f"data:  {self.corpus.description}")
         frequent, rare = (f"{of_text[name]:.0%} of the text, {self.share_of_weight[name]:.0%} of the weight"
                           for name in ("frequent", "rare"))
-        say(f"loss:  PDL, alpha {self.alpha:g}, eps {args.eps:g}; frequent tokens: {frequent}; rare: {rare}")
+        rising = f" after {args.alpha_warmup_iters} steps" * (self.alpha > 0 and args.alpha_warmup_iters > 0)
+        say(f"loss:  PDL, alpha {self.alpha:g}{rising}, eps {args.eps:g}; frequent tokens: {frequent}; rare: "
+            f"{rare}")
         size = f"{self.global_batch} x {args.block_size}"
         say(f"run:   {args.max_iters} steps of {size} tokens, learning rate {args.learning_rate:g}, into "
             f"{self.folder}/")
@@ -433,7 +435,8 @@ def parse_args():
          nargs="+")
     flag("eps", 1e-6, "added to every count, Eq. 3", not_negative)
     p.add_argument("--normalize", action="store_true", help="probabilities instead of raw counts in Eq. 3")
-    flag("alpha_warmup_iters", 0, "raise alpha linearly from 0 over this many steps", at_least(0))
+    flag("alpha_warmup_iters", 0, "raise alpha linearly from 0 over this many steps; best over all of them",
+         at_least(0))
     flag("counts", None, "token counts from count.py, added up, each scaled if so asked (default: those of "
          "the training split)", nargs="+", metavar="FILE[:SCALE]")
 
@@ -479,6 +482,9 @@ def parse_args():
         p.error("--init_from scratch needs --tokenizer FOLDER")
     if args.n_embd % args.n_head:
         p.error(f"--n_embd {args.n_embd} must be a multiple of --n_head {args.n_head}")
+    if args.alpha_warmup_iters > args.max_iters:
+        p.error(f"--alpha_warmup_iters {args.alpha_warmup_iters}: alpha would not get there in --max_iters "
+                f"{args.max_iters}")
     if len(set(args.alpha)) < len(args.alpha):
         p.error("--alpha has a value twice")
     if args.batch_size * args.gradient_accumulation_steps < int(os.environ.get("WORLD_SIZE", 1)):

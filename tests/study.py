@@ -192,8 +192,8 @@ VARIANTS = {  # name: flags of train.py, what is replaced in it
     "PDL 0.5, alpha falling": (["--alpha", 0.5], {"step_weights": falling}),
     "PDL 0.5, end of text at the mean weight": (["--alpha", 0.5], {"step_weights": eot_at_mean}),
     "PDL 0.5, weights capped": (["--alpha", 0.5], {"step_weights": capped}),
-    "PDL 0.5, alpha rising": (["--alpha", 0.5, "--alpha_warmup_iters", 300], {}),
-    "PDL 0.25, alpha rising": (["--alpha", 0.25, "--alpha_warmup_iters", 300], {}),
+    "PDL 0.5, alpha rising": (["--alpha", 0.5, "--alpha_warmup_iters", "{steps}"], {}),
+    "PDL 0.25, alpha rising": (["--alpha", 0.25, "--alpha_warmup_iters", "{steps}"], {}),
 }
 METHODS = {
     "plain": (["--alpha", 0], {}),
@@ -207,7 +207,7 @@ METHODS = {
     "class-balanced, beta 0.99": (["--alpha", 0], class_balanced(0.99)),
     **VARIANTS,
     "PDL 0.25, counts mixed": (
-        ["--alpha", 0.25, "--counts", "data/style-5%.npy", "data/general.npy:0.01"], {}),
+        ["--alpha", 0.25, "--counts", "data/{task}.npy", "data/general.npy:0.01"], {}),
 }
 BASELINES = "focal, gamma 2", "label smoothing 0.1", "class-balanced, beta 0.9"
 STRONGER = "class-balanced, beta 0.99", "PDL 1"
@@ -235,19 +235,24 @@ SHIFTED_LONGER = {"plain, 600 steps, shift 0.25": ("plain, 600 steps", 0.25)}
 def runs():
     """Every run of the study, what matters most first: its task, its method, its seed."""
     alphas = "plain", "PDL 0.25", "PDL 0.5"
+    small = "plain", "PDL 0.25", "PDL 0.25, counts mixed"
     for tasks in ("style", "webnlg"), ("functions", "reference"):
         yield from itertools.product(tasks, alphas, SEEDS)
     yield from itertools.product(TASKS, ["plain, shift 0.25", "plain, shift 0.5"], SEEDS)
     yield from itertools.product(["style"], (*SHIFTED, *BASELINES, *STRONGER), SEEDS)
-    yield from itertools.product(["style-5%"], ["plain", "PDL 0.25", "PDL 0.25, counts mixed"], SEEDS)
+    yield from itertools.product(["style-5%"], small, SEEDS)
     yield from itertools.product(["style"], (*LONGER, *SHIFTED_LONGER, *VARIANTS), SEEDS)
-    yield from itertools.product(TASKS, ["plain", "PDL 0.25", "plain, shift 0.25"], MORE_SEEDS)
+    yield from itertools.product(TASKS, (*alphas, "plain, shift 0.25"), MORE_SEEDS)
     yield from itertools.product(FIFTH, (*alphas, "plain, shift 0.25", "plain, shift 0.5"), SEEDS)
+    yield from itertools.product(TASKS, ["PDL 0.25, alpha rising"], SEEDS + MORE_SEEDS)
+    yield from itertools.product(FIFTH, ["PDL 0.25, alpha rising"], SEEDS)
     matters_more = "PDL 0.5, alpha rising", "PDL 0.5, end of text at the mean weight"
     yield from itertools.product(["webnlg"], (*matters_more, *BASELINES), SEEDS)
     yield from itertools.product(["style"], RATES, [1])
     yield from itertools.product(["style"], ["focal, gamma 1"], SEEDS)
     yield from itertools.product(["functions", "reference"], BASELINES, SEEDS)
+    yield from itertools.product(["webnlg-5%", "functions-5%"], small, SEEDS)
+    yield from itertools.product(["style"], (*LONGER, *SHIFTED_LONGER), MORE_SEEDS)
 
 
 def name_of(task, method, seed):
@@ -262,13 +267,14 @@ def finetune(task, method, seed, out):
     flags, replaced = METHODS[method]
     small = task.endswith("-5%")
     steps = 200 if small else (TASKS | FIFTH)[task][1]
+    flags = [str(flag).format(task=task, steps=steps) for flag in flags]
     argv = [
         "train.py",
         *("--init_from", ROOT / "tiny", "--out_dir", folder, "--seed", seed, "--max_iters", steps),
         *("--learning_rate", LEARNING_RATE, "--batch_size", 8, "--no-activation_checkpointing"),
         *(("--eval_interval", 20) if small else ("--eval_interval", steps, "--eval_iters", 1)),
         *(["--data", out / "data" / f"{task}.jsonl"] if task != "reference" else []),
-        *(out / flag if str(flag).startswith("data/") else flag for flag in flags),
+        *(out / flag if flag.startswith("data/") else flag for flag in flags),
     ]
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(sys, "argv", list(map(str, argv))))

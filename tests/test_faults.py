@@ -389,6 +389,7 @@ MISTAKES = [  # flags, what the line names
     (["--resume", "--out_dir", "none"], "none"), (["--block_size", "4"], "--block_size"),
     (["--seed", "-1"], "--seed"), (["--learning_rate", "inf"], "--learning_rate"),
     (["--dropout", "1"], "--dropout"), ([*SCRATCH, "--n_head", "3", "--n_embd", "32"], "--n_head"),
+    (["--alpha_warmup_iters", "301"], "--alpha_warmup_iters"),
     (SCRATCH[:2], "--tokenizer"),
 ]
 NOT_THERE = [

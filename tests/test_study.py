@@ -154,29 +154,38 @@ def test_the_readme_says_what_was_measured(root):
         means = [findings.compare(results, task, method, measure, base).mean for task in study.TASKS]
         return f"{min(means):.2f} to {max(means):.2f}"
 
+    def shown(word, sign, method, measure, base="plain"):
+        signs = [findings.compare(results, task, method, measure, base).sign() for task in study.TASKS]
+        return f"{word} on {('none', 'one', 'two', 'three', 'all')[signs.count(sign)]}"
+
     def taken(tasks):
         names = Counter(name for task in tasks for name in findings.taken(results, task))
         return [f" {name.replace('shift', 'shift of')} with {n}" for name, n in names.items()]
 
-    bleu, nats = findings.at_equal_diversity("bleu"), findings.nats
+    f1, bleu = map(findings.at_equal_diversity, ("rare_f1", "bleu"))
+    nats, rising, shifted = findings.nats, findings.RISING, "plain, shift 0.25"
     longer = (findings.compare(results, "style", method, measure, "plain, 600 steps")
               for method in ("PDL 0.25, 600 steps", "plain, 600 steps, shift 0.25")
-              for measure in (findings.at_equal_diversity("rare_f1"), bleu))
-    rising = (findings.compare(results, "style", "PDL 0.5, alpha rising", nats(band), "PDL 0.5").mean
-              for band in ("rare", "all"))
+              for measure in (f1, bleu))
     lowest = (findings.mean(results, "style-5%", method, lambda run: min(run["curve"]))
               for method in ("plain", "PDL 0.25"))
     ended = (findings.mean(results, "webnlg", method, lambda run: run["text"]["0.5"]["ended"])
              for method in ("plain", "PDL 0.25", "PDL 0.5"))
     for phrase in (
-        f"rare tokens gain {span('PDL 0.25', findings.nats('rare'))} nats",
-        f"all tokens lose {span('plain', findings.nats('all'), 'PDL 0.25')}",
+        f"rare tokens gain {span('PDL 0.25', nats('rare'))} nats",
+        f"all tokens lose {span('plain', nats('all'), 'PDL 0.25')}",
+        f"half of that, {span('plain', nats('all'), rising)} nats, and rare ones still gain "
+        f"{span(rising, nats('rare'))}",
+        f"F1 of rare tokens is {shown('higher', 1, 'PDL 0.25', f1)} of the four",
+        f"BLEU-4 is {shown('lower', -1, 'PDL 0.25', bleu)} and {shown('higher', 1, 'PDL 0.25', bleu)}; with an "
+        f"alpha that rises it is {shown('lower', -1, rising, bleu)} and {shown('higher', 1, rising, bleu)}",
+        f"BLEU-4 is {shown('higher', 1, shifted, bleu, 'PDL 0.25')} and "
+        f"{shown('lower', -1, shifted, bleu, 'PDL 0.25')}",
         "F1 {:.3f} and BLEU-4 {:.3f} (with the shift {:.3f} and {:.3f})".format(*longer),
         f"BLEU-4 is {span('plain', bleu, 'PDL 0.5')} lower",
-        "by {:.2f} nats of rare and {:.2f} of all tokens".format(*rising),
-        f"rare tokens {span('plain, shift 0.25', findings.nats('rare'))} nats better",
-        f"and all {span('plain', findings.nats('all'), 'plain, shift 0.25')} worse",
-        "at {:.2f} nats, still beats PDL there, at {:.2f}".format(*lowest),
+        f"rare tokens {span(shifted, nats('rare'))} nats better and all "
+        f"{span('plain', nats('all'), shifted)} worse",
+        "at {:.2f} nats, still beats PDL, at {:.2f}".format(*lowest),
         *taken(study.TASKS),
         *taken(study.FIFTH),
         "data to text {:.0%}, {:.0%} and {:.0%} at alpha 0, 0.25 and 0.5".format(*ended),
