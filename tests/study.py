@@ -217,7 +217,7 @@ LONGER = {  # twice the training, of style transfer
 }
 RATES = {
     f"{method}, learning rate {rate}": ([*METHODS[method][0], "--learning_rate", rate], METHODS[method][1])
-    for method in BASELINES
+    for method in ("plain", "PDL 0.25", "PDL 0.25, alpha rising", *BASELINES)
     for rate in (0.001, 0.01)
 }
 METHODS |= LONGER | RATES
@@ -229,7 +229,9 @@ SHIFTED = {  # sampled with sample.py's shift: PDL without training for it, and 
     "PDL 0.5, shift -0.5": ("PDL 0.5", -0.5),
     "PDL 1, shift -1": ("PDL 1", -1),
 }
-SHIFTED_LONGER = {"plain, 600 steps, shift 0.25": ("plain, 600 steps", 0.25)}
+SHIFTED_TOO = {
+    f"plain, {how}, shift 0.25": (f"plain, {how}", 0.25) for how in ("600 steps", "learning rate 0.001")
+}
 
 
 def runs():
@@ -241,18 +243,20 @@ def runs():
     yield from itertools.product(TASKS, ["plain, shift 0.25", "plain, shift 0.5"], SEEDS)
     yield from itertools.product(["style"], (*SHIFTED, *BASELINES, *STRONGER), SEEDS)
     yield from itertools.product(["style-5%"], small, SEEDS)
-    yield from itertools.product(["style"], (*LONGER, *SHIFTED_LONGER, *VARIANTS), SEEDS)
+    yield from itertools.product(["style"], (*LONGER, *SHIFTED_TOO, *VARIANTS), SEEDS)
     yield from itertools.product(TASKS, (*alphas, "plain, shift 0.25"), MORE_SEEDS)
     yield from itertools.product(FIFTH, (*alphas, "plain, shift 0.25", "plain, shift 0.5"), SEEDS)
     yield from itertools.product(TASKS, ["PDL 0.25, alpha rising"], SEEDS + MORE_SEEDS)
     yield from itertools.product(FIFTH, ["PDL 0.25, alpha rising"], SEEDS)
     matters_more = "PDL 0.5, alpha rising", "PDL 0.5, end of text at the mean weight"
     yield from itertools.product(["webnlg"], (*matters_more, *BASELINES), SEEDS)
-    yield from itertools.product(["style"], RATES, [1])
+    for method in RATES:
+        own = method.startswith(("plain", "PDL")) and method.endswith("0.001")
+        yield from itertools.product(["style"], [method], SEEDS if own else [1])
     yield from itertools.product(["style"], ["focal, gamma 1"], SEEDS)
     yield from itertools.product(["functions", "reference"], BASELINES, SEEDS)
     yield from itertools.product(["webnlg-5%", "functions-5%"], small, SEEDS)
-    yield from itertools.product(["style"], (*LONGER, *SHIFTED_LONGER), MORE_SEEDS)
+    yield from itertools.product(["style"], (*LONGER, "plain, 600 steps, shift 0.25"), MORE_SEEDS)
 
 
 def name_of(task, method, seed):
@@ -414,7 +418,7 @@ def prompts_of(task, data):
 
 def one(task, method, seed, out):
     """Train, if that is not done; measure. The entry of the run."""
-    trained, x = (SHIFTED | SHIFTED_LONGER).get(method, (method, 0))
+    trained, x = (SHIFTED | SHIFTED_TOO).get(method, (method, 0))
     folder = finetune(task, trained, seed, out)
     model, judged_on = GPT.from_pretrained(folder).eval(), task.replace("-5%", "-95%")
     corpus, counts, bands = load(judged_on, out / "data")
