@@ -1,5 +1,6 @@
 """The study measures what it says; results.md and the README say what study.json has."""
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -198,3 +199,7 @@ def test_the_readme_says_what_was_measured(root):
         "data to text {:.0%}, {:.0%} and {:.0%} at alpha 0, 0.25 and 0.5".format(*ended),
     ):
         assert phrase in readme, phrase
+    assert "class-balanced weights are not shown to write better than plain finetuning on any task" in readme
+    for method, measure, task in itertools.product(study.BASELINES, (f1, bleu), study.TASKS):
+        difference = findings.compare(results, task, method, measure)
+        assert difference is None or difference.sign() < 1, (method, task)
