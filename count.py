@@ -106,7 +106,7 @@ def _read_tokenizer_json(path):
 
 def format_of(path):
     """"pairs" for JSON Lines, "text" for all else, gzipped or not. Another format has its place here."""
-    name = str(path).removesuffix(".gz")
+    name = str(path).lower().removesuffix(".gz")
     if name.endswith((".json", ".csv", ".tsv", ".parquet")):
         raise ValueError(f'{path}: pairs come as .jsonl, {{"prompt": "...", "completion": "..."}} a line')
     return "pairs" if name.endswith(".jsonl") else "text"
@@ -182,7 +182,7 @@ def _last_boundary(text, start):
 # Where a match depends on what comes after: in a contraction, and at the end of white space, whose last
 # character stands alone if a word follows. (Python's \s has four characters that the pattern's has not.)
 CONTRACTION = re.compile(r"'(?:[sdmt]|ll|ve|re)")
-END_OF_SPACE = re.compile(r"(?<=\s)(?=\S|[\x1c-\x1f])")
+END_OF_SPACE = re.compile(r"(?<=[^\S\x1c-\x1f])(?=\S|[\x1c-\x1f])")
 
 
 def _between_tokens(text, tokenizer):
@@ -249,7 +249,7 @@ def open_corpus(path, tokenizer, block_size, cache):
         name, kind, texts, stat = str(path), format_of(path), read_text(path), os.stat(path)
         identity = os.path.realpath(path), stat.st_size, stat.st_mtime_ns, stat.st_ino
     else:
-        raise ValueError(f"--data {path}: there is no such file")
+        raise ValueError(f"--data {path} is not a file")
     dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
     key = repr((identity, tokenizer.name, kind, kind == "pairs" and block_size))
     folder = cache / f"{kind}.{hashlib.sha256(key.encode()).hexdigest()[:16]}"

@@ -47,6 +47,9 @@ def pdl_weights(counts, alpha=0.5, eps=1e-6, normalize=False):
     weights = (freq + eps).pow(-alpha).float()
     if not torch.isfinite(weights).all():
         raise ValueError(f"eps={eps} is too small for alpha={alpha}: the weight eps^-alpha overflows")
+    if (weights < torch.finfo(torch.float32).tiny).any():
+        raise ValueError(f"alpha={alpha} is too large for counts up to {freq.max():g}: a weight underflows, "
+                         "as those of probabilities do not (normalize)")
     return weights.to(counts.device)
 
 

@@ -98,8 +98,8 @@ def finetune(args, alpha, folder, source, machine):
         run.save()
         processes = f"torchrun --standalone --nproc_per_node={machine.world_size}"
         command = f"{processes if machine.world_size > 1 else 'python'} train.py --resume"
-        machine.say(f"stopped at step {run.step}; to go on: {command}"
-                    + ("" if args.out_dir == "out" else f" --out_dir {args.out_dir}"))
+        machine.say(f"stopped at step {run.step}; {folder}/ has the weights of step {run.after['iter']}; "
+                    f"to go on: {command}" + ("" if args.out_dir == "out" else f" --out_dir {args.out_dir}"))
         return None
     return run.report() if machine.rank == 0 else {}
 

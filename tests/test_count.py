@@ -155,7 +155,7 @@ def test_streamed_in_pieces_as_encoded_whole(tokenizer, tmp_path, monkeypatch, s
     assert len(list(encode(count.read_text(paths[2]), tokenizer))) > 20
 
 
-ATOMS = ["a", "=", "0", "'", "\n", "\u00a0", "ab", "!'", "\u00e9", "\u4e2d\u6587", "\U0001f469\u200d",
+ATOMS = ["a", "\x1c", "=", "0", "'", "\n", "\u00a0", "ab", "!'", "\u00e9", "\u4e2d\u6587", "\U0001f469\u200d",
          string.ascii_letters, string.digits, string.punctuation, " \t\n\r"]
 
 

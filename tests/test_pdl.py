@@ -193,7 +193,7 @@ def test_linear_never_holds_the_logits(reduction):
     (dict(counts=[1, 2], alpha=-1), "alpha"), (dict(counts=[1, 2], alpha=math.inf), "alpha"),
     (dict(counts=[1, 2], alpha=math.nan), "alpha"), (dict(counts=[1, 2], eps=-1), "eps"),
     (dict(counts=[1, 2], eps=math.nan), "eps"), (dict(counts=[0, 2], eps=0), "eps"),
-    (dict(counts=[0, 0], normalize=True), "counts"),
+    (dict(counts=[0, 0], normalize=True), "counts"), (dict(counts=[1, 1e9], alpha=5), "alpha"),
 ])
 def test_weights_refuse_nonsense(arguments, culprit):
     with pytest.raises(ValueError, match=culprit):
