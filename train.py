@@ -327,8 +327,8 @@ class Run:
         say(f"data:  {self.corpus.description}")
         frequent, rare = (f"{of_text[name]:.0%} of the text, {self.share_of_weight[name]:.0%} of the weight"
                           for name in ("frequent", "rare"))
-        rising = f" after {args.alpha_warmup_iters} steps" * (self.alpha > 0 and args.alpha_warmup_iters > 0)
-        say(f"loss:  PDL, alpha {self.alpha:g}{rising}, eps {args.eps:g}; frequent tokens: {frequent}; rare: "
+        over = f" (rising, over {args.alpha_warmup_iters} steps)" * (args.alpha_warmup_iters > 0)
+        say(f"loss:  PDL, alpha {self.alpha:g}{over}, eps {args.eps:g}; frequent tokens: {frequent}; rare: "
             f"{rare}")
         size = f"{self.global_batch} x {args.block_size}"
         say(f"run:   {args.max_iters} steps of {size} tokens, learning rate {args.learning_rate:g}, into "

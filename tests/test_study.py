@@ -210,6 +210,9 @@ def test_the_readme_says_what_was_measured(root):
 
     assert "no difference is shown between PDL 0.25 and plain finetuning" in readme
     assert signs("dialogue", "PDL 0.25") == {0}
+    assert "On average that writes better than either" in readme
+    assert compare(results, study.TASKS, rising, f1, shifted).sign() == 1
+    assert compare(results, study.TASKS, rising, bleu, "PDL 0.25").sign() == 1
     assert "or a shift of -0.5 when sampling it writes no better than plain finetuning" in readme
     variants = "weights capped", "eps 1", "end of text at the mean weight", "alpha falling", "shift -0.5"
     assert all(1 not in signs("style", f"PDL 0.5, {variant}") for variant in variants)
