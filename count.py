@@ -460,6 +460,11 @@ def count_tokens(paths, tokenizer, jobs=None, progress=lambda n_bytes: None):
     return counts
 
 
+def write_counts(path, counts):
+    with open(path, "wb") as file:  # to a path, np.save would append .npy
+        np.save(file, counts)
+
+
 def load_counts(files, n_vocab):
     """The counts in .npy files, added up: (n_vocab,). A file may be scaled, as in "general.npy:0.1".
 
@@ -582,8 +587,7 @@ def main():
         raise ValueError(f"{', '.join(args.text)}: no text to count")
     part = Path(f"{args.out}.{os.getpid()}.part")
     try:
-        with open(part, "wb") as file:
-            np.save(file, counts)
+        write_counts(part, counts)
         os.replace(part, args.out)
     except OSError as error:
         raise ValueError(f"--out {args.out} cannot be written ({error.strerror})") from None

@@ -282,12 +282,8 @@ class Run:
                 if (source / name).exists():
                     content = (source / name).read_bytes()
                     replace(self.folder / name, lambda part: part.write_bytes(content))
-            replace(self.folder / "counts.npy", self.write_counts)
+            replace(self.folder / "counts.npy", lambda part: count.write_counts(part, self.counts))
             write_json(self.folder / "args.json", vars(self.args))
-
-    def write_counts(self, path):
-        with open(path, "wb") as file:
-            np.save(file, self.counts)
 
     def resume(self):
         """Go on from resume.pt. Raises ValueError if text or counts are not what they were."""

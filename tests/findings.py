@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from study import BANDS, FIFTH, LONGER, METHODS, RATES, RESULTS, SHIFTED, TASKS, TEMPERATURES, VARIANTS
-from study import name_of, replace
+from study import BANDS, FIFTH, LONGER, METHODS, RATES, RESULTS, RISING, SHIFTED, TASKS, TEMPERATURES
+from study import VARIANTS, name_of, replace
 from sample import first_near_best  # which study made importable
 
 T95 = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764}  # Student's t by degrees of freedom, for 95% intervals
@@ -107,7 +107,6 @@ def rise(run):
 # --- the paper's claims ---
 
 # What the paper says, where, and a difference that is above 0 if that is so: between which methods, in what.
-RISING = "PDL 0.25, alpha rising"
 EPSILON = "epsilon hardly matters"  # a claim of no difference: how large it may be
 CLAIMS = (
     ("rare tokens are learned better", "abstract", "PDL 0.25", "plain",

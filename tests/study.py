@@ -186,6 +186,7 @@ def falling(step, alpha, counts, args):
     return pdl_weights(counts, alpha * (1 - step / args.max_iters), args.eps)
 
 
+RISING = "PDL 0.25, alpha rising"
 VARIANTS = {  # name: flags of train.py, what is replaced in it
     "PDL 0.25, general counts": (["--alpha", 0.25, "--counts", "data/general.npy"], {}),
     "PDL 0.5, eps 1": (["--alpha", 0.5, "--eps", 1], {}),
@@ -193,7 +194,7 @@ VARIANTS = {  # name: flags of train.py, what is replaced in it
     "PDL 0.5, end of text at the mean weight": (["--alpha", 0.5], {"step_weights": eot_at_mean}),
     "PDL 0.5, weights capped": (["--alpha", 0.5], {"step_weights": capped}),
     "PDL 0.5, alpha rising": (["--alpha", 0.5, "--alpha_warmup_iters", "{steps}"], {}),
-    "PDL 0.25, alpha rising": (["--alpha", 0.25, "--alpha_warmup_iters", "{steps}"], {}),
+    RISING: (["--alpha", 0.25, "--alpha_warmup_iters", "{steps}"], {}),
 }
 METHODS = {
     "plain": (["--alpha", 0], {}),
@@ -217,7 +218,7 @@ LONGER = {  # twice the training, of style transfer
 }
 RATES = {
     f"{method}, learning rate {rate}": ([*METHODS[method][0], "--learning_rate", rate], METHODS[method][1])
-    for method in ("plain", "PDL 0.25", "PDL 0.25, alpha rising", *BASELINES)
+    for method in ("plain", "PDL 0.25", RISING, *BASELINES)
     for rate in (0.001, 0.01)
 }
 METHODS |= LONGER | RATES
@@ -246,13 +247,13 @@ def runs():
     yield from itertools.product(["style"], (*LONGER, *SHIFTED_TOO, *VARIANTS), SEEDS)
     yield from itertools.product(TASKS, (*alphas, "plain, shift 0.25"), MORE_SEEDS)
     yield from itertools.product(FIFTH, (*alphas, "plain, shift 0.25", "plain, shift 0.5"), SEEDS)
-    yield from itertools.product(TASKS, ["PDL 0.25, alpha rising"], SEEDS + MORE_SEEDS)
-    yield from itertools.product(FIFTH, ["PDL 0.25, alpha rising"], SEEDS)
+    yield from itertools.product(TASKS, [RISING], SEEDS + MORE_SEEDS)
+    yield from itertools.product(FIFTH, [RISING], SEEDS)
     matters_more = "PDL 0.5, alpha rising", "PDL 0.5, end of text at the mean weight"
     yield from itertools.product(["webnlg"], (*matters_more, *BASELINES), SEEDS)
-    for method in RATES:
-        own = method.startswith(("plain", "PDL")) and method.endswith("0.001")
-        yield from itertools.product(["style"], [method], SEEDS if own else [1])
+    yield from itertools.product(["style"], RATES, [1])
+    lower = (f"{method}, learning rate 0.001" for method in ("plain", "PDL 0.25", RISING))
+    yield from itertools.product(["style"], lower, SEEDS)
     yield from itertools.product(["style"], ["focal, gamma 1"], SEEDS)
     yield from itertools.product(["functions", "reference"], BASELINES, SEEDS)
     yield from itertools.product(["webnlg-5%", "functions-5%"], small, SEEDS)

@@ -235,7 +235,7 @@ def test_what_to_take_is_the_cheapest_that_is_near_the_best():
 
     assert taken({0: 0.11, 0.25: 0.14, 0.5: 0.12}) == ("0.25", None)
     assert taken({0: 0.556, 0.25: 0.560, 0.5: 0.43}) == ("0", None)
-    assert taken({0.5: 0.145, 0.25: 0.142}) == ("0.25", None)
+    assert taken({0.5: 0.145, 0.25: 0.142, 0: 0.11}) == ("0.25", None)
     assert taken({0: 0.11, 0.25: 0.14}, shift=0.137) == ("0", "0.25")  # costs no training
     assert taken({0: 0.11, 0.25: 0.14}, shift=0.131) == ("0.25", None)
 
