@@ -234,11 +234,12 @@ def _prompt_and_completion(path, number, line):
 # --- text and pairs to train on ---
 
 
-def open_corpus(path, tokenizer, block_size, cache):
+def open_corpus(path, tokenizer, block_size, cache, progress=lambda size: None):
     """The Corpus of a text or of pairs, or, without a path, of the reference that Python's own help() shows.
 
     It is tokenized once, into a folder of its own in the folder cache, and found there as long as file and
-    tokenizer are the same. Raises ValueError for what cannot be read, or is too little to hold a tenth out.
+    tokenizer are the same; progress is told, as by count_tokens. Raises ValueError for what cannot be read,
+    or is too little to hold a tenth out.
     """
     if path is None:
         from pydoc_data.topics import topics
@@ -257,9 +258,11 @@ def open_corpus(path, tokenizer, block_size, cache):
         with _written_whole(folder) as part:
             if kind == "text":
                 with open(part / "tokens", "wb") as file:
-                    file.writelines(tokens.astype(dtype).tobytes() for _, tokens in encode(texts, tokenizer))
+                    for size, tokens in encode(texts, tokenizer):
+                        file.write(tokens.astype(dtype).tobytes())
+                        progress(size)
             else:
-                _write_pairs(part, path, tokenizer, block_size, dtype)
+                _write_pairs(part, path, tokenizer, block_size, dtype, progress)
 
     def read(file, dtype):
         path = folder / file
@@ -287,7 +290,7 @@ def _written_whole(folder):
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _write_pairs(folder, path, tokenizer, block_size, dtype):
+def _write_pairs(folder, path, tokenizer, block_size, dtype, progress):
     """Tokens, which of them carry loss, where each pair begins: first the pairs to train on, then the rest.
 
     Every tenth prompt is held out with all its completions, so that none is known from training. A pair that
@@ -296,7 +299,8 @@ def _write_pairs(folder, path, tokenizer, block_size, dtype):
     counted = {"n_train": 0, "n_held_out": 0, "n_cut_prompts": 0, "n_cut_completions": 0}
     held_out, lengths, prompts = (bytearray(), bytearray()), ([], []), {}
     with open(folder / "tokens", "wb") as token_file, open(folder / "carries_loss", "wb") as loss_file:
-        for _, prompt, completion in encode_pairs(path, tokenizer):
+        for size, prompt, completion in encode_pairs(path, tokenizer):
+            progress(size)
             digest = hashlib.blake2b(repr(prompt).encode(), digest_size=16).digest()
             is_held_out = prompts.setdefault(digest, len(prompts)) % 10 == 9
             kept = prompt[-max(1, block_size + 1 - len(completion)) :]
@@ -442,10 +446,11 @@ class Corpus:
 # --- counts ---
 
 
-def count_tokens(paths, tokenizer, jobs=None, progress=lambda n_bytes: None):
+def count_tokens(paths, tokenizer, jobs=None, progress=lambda size: None):
     """Count the tokens of texts, and those of the completions of pairs: int64 (n_vocab,).
 
-    progress is called with the bytes of each piece done. Raises ValueError for a file that cannot be read.
+    progress is called with the bytes of each piece done, or the characters of each pair. Raises ValueError
+    for a file that cannot be read.
     """
     counts = np.zeros(tokenizer.n_vocab, dtype=np.int64)
     for path in paths:
@@ -544,6 +549,20 @@ def at_least(minimum, kind=int, below=float("inf")):
     return parse
 
 
+def show_speed():
+    """A function to be told the bytes of each piece done: shows on a terminal how many, and how fast."""
+    start, done = time.time(), 0
+
+    def progress(size):
+        nonlocal done
+        done += size
+        if done // 1e6 > (done - size) // 1e6 and sys.stderr.isatty():
+            speed = done / 1e6 / (time.time() - start)
+            print(f"{done / 1e6:,.0f} MB, {speed:.1f} MB/s\033[K", end="\r", file=sys.stderr, flush=True)
+
+    return progress
+
+
 def run(main):
     """Run a script's main: UTF-8 on every platform, and what a user can cause ends in one line on stderr."""
     for stream in sys.stdout, sys.stderr:
@@ -573,16 +592,7 @@ def main():
         tokenizer = load_tokenizer(args.tokenizer)
     except OSError as error:
         raise ValueError(f"{error}; --tokenizer tiny counts for tiny/") from None
-    start, done = time.time(), 0
-
-    def progress(size):
-        nonlocal done
-        done += size
-        if sys.stderr.isatty():
-            speed = done / 1e6 / (time.time() - start)
-            print(f"{done / 1e6:,.0f} MB, {speed:.1f} MB/s\033[K", end="\r", file=sys.stderr)
-
-    counts = count_tokens(args.text, tokenizer, args.jobs, progress)
+    counts = count_tokens(args.text, tokenizer, args.jobs, show_speed())
     if counts.sum() == 0:
         raise ValueError(f"{', '.join(args.text)}: no text to count")
     part = Path(f"{args.out}.{os.getpid()}.part")

@@ -68,6 +68,8 @@ def main():
         machine.say(note and "NOTE: this was tiny/, not gpt2")
     if machine.world_size > 1:
         dist.destroy_process_group()
+    if report is None:  # stopped by a signal: what a shell was told to do after the run does not begin
+        sys.exit(130)
 
 
 def finetune(args, alpha, folder, source, machine):
@@ -76,7 +78,8 @@ def finetune(args, alpha, folder, source, machine):
     torch.manual_seed(args.seed)
     model, tokenizer = load_model(args, folder if resuming else source, machine)
     cache = Path(args.out_dir).parent / "token_cache"
-    corpus = machine.first(lambda: count.open_corpus(args.data, tokenizer, args.block_size, cache))
+    corpus = machine.first(lambda: count.open_corpus(args.data, tokenizer, args.block_size, cache,
+                                                     count.show_speed()))
     own = corpus.train_counts(tokenizer.n_vocab)
     counts = find_counts(args, own, tokenizer, machine)
     if args.learning_rate is None:
@@ -101,7 +104,7 @@ def finetune(args, alpha, folder, source, machine):
         machine.say(f"stopped at step {run.step}; {folder}/ has the weights of step {run.after['iter']}; "
                     f"to go on: {command}" + ("" if args.out_dir == "out" else f" --out_dir {args.out_dir}"))
         return None
-    return run.report() if machine.rank == 0 else {}
+    return run.report()
 
 
 # --- setting up ---
@@ -354,16 +357,20 @@ class Run:
         self.write_log(iter=self.step, loss=loss, lr=learning_rate(self.step - 1, args), tok_per_s=speed)
         self.since, self.logged = time.time(), self.step
 
-    def evaluate(self):
-        """Predict held-out text, each process its share; keep the weights if they are the best; save."""
-        machine, start = self.machine, time.time()
+    def predict(self, logit_bias=None):
+        """How well held-out text is predicted, as summarize has it; each process takes its share."""
+        machine = self.machine
         windows = self.windows[machine.rank :: machine.world_size]
         scores = sample.evaluate(self.model, self.corpus, windows, self.args.batch_size, machine.autocast(),
-                                 machine.progress("evaluating"))
+                                 machine.progress("evaluating"), logit_bias)
         for total in scores:
             machine.sum(total)
-        result = sample.summarize(scores, self.weights, self.counts, self.bands, self.tokenizer)
-        result["iter"] = self.step
+        return sample.summarize(scores, self.weights, self.counts, self.bands, self.tokenizer)
+
+    def evaluate(self):
+        """Predict held-out text; keep the weights if they are the best; save."""
+        machine, start = self.machine, time.time()
+        result = self.predict() | {"iter": self.step}
         left_out = f" (without {result['uncounted']:,} targets that were never counted)"
         ce, pdl = result["val_ce"], result["val_pdl"]
         machine.say(f"step {self.step}: held-out cross-entropy {ce:.4f}, PDL {pdl:.4f}"
@@ -400,18 +407,16 @@ class Run:
                 print(json.dumps(entry), file=file)
 
     def report(self):
-        """Judge the best weights, and write report.json."""
+        """Judge the best weights, and write report.json; in other processes than the first, {}."""
         self.optimizer.state.clear()  # makes room
-        self.model.load_weights(self.folder)
+        self.machine.first(lambda: self.model.load_weights(self.folder))  # once the first has written them
         shifted = {}
         if self.alpha == 0:
             for alpha in sorted(self.args.alpha)[1:]:  # what the others do, without training for it
                 self.machine.say(f"evaluating with a shift of {alpha:g} ...")
-                bias = sample.shift(self.counts, alpha).to(self.machine.device)
-                scores = sample.evaluate(self.model, self.corpus, self.windows, self.args.batch_size,
-                                         self.machine.autocast(), logit_bias=bias)
-                shifted[f"{alpha:g}"] = sample.summarize(scores, self.weights, self.counts, self.bands,
-                                                         self.tokenizer)
+                shifted[f"{alpha:g}"] = self.predict(sample.shift(self.counts, alpha).to(self.machine.device))
+        if self.machine.rank > 0:
+            return {}
         with self.machine.autocast():
             written = sample.judge_text(self.model, self.corpus, self.windows, self.bands, self.tokenizer,
                                         self.args.seed, self.machine.say)
@@ -481,7 +486,7 @@ def parse_args():
     if args.alpha_warmup_iters > args.max_iters:
         p.error(f"--alpha_warmup_iters {args.alpha_warmup_iters}: alpha would not get there in --max_iters "
                 f"{args.max_iters}")
-    if len(set(args.alpha)) < len(args.alpha):
+    if len({f"{alpha:g}" for alpha in args.alpha}) < len(args.alpha):  # which names a run's folder
         p.error("--alpha has a value twice")
     if args.batch_size * args.gradient_accumulation_steps < int(os.environ.get("WORLD_SIZE", 1)):
         p.error("--batch_size times --gradient_accumulation_steps must be at least the number of processes")
