@@ -19,6 +19,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 import zlib
@@ -248,7 +249,7 @@ def open_corpus(path, tokenizer, block_size, cache, progress=lambda size: None):
         identity = hashlib.sha256(texts[0].encode()).hexdigest()
     elif os.path.isfile(path):
         name, kind, texts, stat = str(path), format_of(path), read_text(path), os.stat(path)
-        identity = os.path.realpath(path), stat.st_size, stat.st_mtime_ns, stat.st_ino
+        identity = os.path.realpath(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
     else:
         raise ValueError(f"--data {path} is not a file")
     dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
@@ -539,7 +540,7 @@ def at_least(minimum, kind=int, below=float("inf")):
     """For argparse: a number of a kind that is at least minimum, and finite."""
 
     def parse(text):
-        value = kind(text)
+        value = kind(text) + 0  # -0 is 0
         if not minimum <= value < below:
             limit = "" if kind is int else " and finite" if below == float("inf") else f" and below {below}"
             raise argparse.ArgumentTypeError(f"must be at least {minimum}{limit}, not {text}")
@@ -573,8 +574,17 @@ def run(main):
         if isinstance(error, OSError) and error.filename:
             error = f"{error.filename}: {error.strerror}"
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt:  # die of it: a status would end no loop of a shell
+        sys.stdout.flush()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGINT)
+
+
+def _is_npy(path):
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        return file.read(6) == b"\x93NUMPY"
 
 
 def main():
@@ -585,8 +595,8 @@ def main():
     add("--tokenizer", default="gpt2", help="a checkpoint folder, or a released model (default: %(default)s)")
     add("--jobs", type=at_least(1), help="threads (default: one a core)")
     args = parser.parse_args()
-    if os.path.exists(args.out) and not os.path.isfile(args.out):
-        parser.error(f"--out {args.out} is not a file: name one")
+    if os.path.exists(args.out) and not _is_npy(args.out):
+        parser.error(f"--out {args.out} is there, and no file of counts: name another")
 
     try:
         tokenizer = load_tokenizer(args.tokenizer)

@@ -178,7 +178,7 @@ class GPT(nn.Module):
                 logits = F.linear(hidden[:, -1], self.lm_head).float()
                 if logit_bias is not None:
                     logits += logit_bias
-                if temperature == 0:
+                if temperature < 1e-37:  # which is none in float32
                     idx[:, end] = logits.argmax(-1)
                 else:
                     logits -= logits.max(-1, keepdim=True).values  # a tiny temperature makes none infinite
@@ -259,8 +259,8 @@ def _draw(p):
 def _truncate(logits, top_k, top_p):
     """logits (B, V), with all but the likeliest tokens at -inf."""
     if top_k is not None:
-        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -float("inf"))
+        likeliest, index = logits.topk(min(top_k, logits.shape[-1]))
+        logits = torch.full_like(logits, -float("inf")).scatter(1, index, likeliest)
     if top_p is not None and top_p < 1:
         # Sorting all of GPT-2's vocabulary takes 28 ms on a CPU, twice as long as the network; finding the
         # likeliest 1,000 takes half of one, and nearly always they have the probability.
@@ -271,7 +271,7 @@ def _truncate(logits, top_k, top_p):
             if (before[:, -1] >= top_p).all():
                 break
         # Drop a token if those before it already have the probability: the first always stays.
-        kept = logits.gather(1, index).masked_fill(before >= top_p, -float("inf"))
+        kept = logits.gather(1, index).masked_fill((before >= top_p) & (before > 0), -float("inf"))
         logits = torch.full_like(logits, -float("inf")).scatter(1, index, kept)
     return logits
 
@@ -573,6 +573,8 @@ class Machine:
         """Ctrl-C and SIGTERM are noted, to end the run between two steps; a second one ends it at once."""
         def note(signum, frame):
             self.signals.append(signum)
+            if self.rank == 0:  # by the system's call: what is interrupted may be a print
+                os.write(2, b"\nstopping after this step; once more: at once, at the last save\n")
             signal.signal(signum, before[signum])
 
         before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}

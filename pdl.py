@@ -98,6 +98,8 @@ def _check(shape, vocab_size, targets, weights, reduction):
         raise ValueError(f"targets have shape {tuple(targets.shape)}, the input has {tuple(shape)} positions")
     if weights.shape != (vocab_size,):
         raise ValueError(f"weights have shape {tuple(weights.shape)}, the vocabulary has {vocab_size} tokens")
+    if not weights.is_floating_point():
+        raise ValueError(f"weights are {weights.dtype}, as counts are: pdl_weights makes weights of those")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none", not {reduction!r}')
 
@@ -121,7 +123,7 @@ def linear_pdl_loss(hidden, lm_head, targets, weights, reduction="mean", ignore_
     """
     _check(hidden.shape[:-1], lm_head.shape[0], targets, weights, reduction)
     device = hidden.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         hidden = hidden.to(torch.get_autocast_dtype(device))
     weights = weights.to(hidden.device, torch.promote_types(hidden.dtype, torch.float32))
     hidden, shape, targets = hidden.reshape(-1, hidden.shape[-1]), targets.shape, targets.reshape(-1)

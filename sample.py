@@ -8,6 +8,7 @@ Here is also how train.py judges a model: how well it predicts held-out text, an
 """
 
 import math
+import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -277,8 +278,8 @@ def main():
     args = p.parse_args()
     if not 0 < args.top_p <= 1:
         p.error("--top_p must be above 0 and at most 1")
-    if (args.counts is None) != (args.shift is None) or not math.isfinite(args.shift or 0):
-        p.error("--shift takes a finite number and --counts the counts to shift by: both or neither")
+    if (args.counts is None) != (args.shift is None) or not abs(args.shift or 0) <= 100:
+        p.error("--shift takes a number up to 100 and --counts the counts to shift by: both or neither")
 
     prompt = args.prompt
     if prompt == "-" or prompt.startswith("FILE:"):
@@ -289,9 +290,13 @@ def main():
     if args.counts:
         bias = shift(load_counts(args.counts, tokenizer.n_vocab), args.shift).to(device)
     model = GPT.from_pretrained(args.init_from).eval()
+    window = model.config.n_positions
     eot = tokenizer.eot_token
     tokens = tokenizer.encode_ordinary(prompt) or [eot]
-    within = len(tokens) <= min(args.max_new_tokens, model.config.n_positions - args.max_new_tokens)
+    if len(tokens) > window:
+        print(f"NOTE: of the prompt's {len(tokens):,} tokens the model sees the last {window:,}",
+              file=sys.stderr)
+    within = len(tokens) <= min(args.max_new_tokens, window - args.max_new_tokens)
     model.to(device, sampling_dtype(args.dtype, device, single_rows=args.num_samples == 1 and within))
     prompts = [tokens] * args.num_samples
     how = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p")} | {"logit_bias": bias}

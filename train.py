@@ -48,6 +48,8 @@ def main():
     if not all(is_run(folder) for folder in folders):
         source, note = machine.once(lambda: find_model(args))
         machine.say(note)
+        # For --resume: what is left of a series starts from the same.
+        args.init_from = args.init_from or (str(TINY) if note else "gpt2")
     reports, flags = [], "" if out == Path("out") else f" --init_from {out}"
     for alpha, folder in zip(args.alpha, folders):
         report = finetune(args, alpha, folder, source, machine)
@@ -68,8 +70,8 @@ def main():
         machine.say(note and "NOTE: this was tiny/, not gpt2")
     if machine.world_size > 1:
         dist.destroy_process_group()
-    if report is None:  # stopped by a signal: what a shell was told to do after the run does not begin
-        sys.exit(130)
+    if report is None:
+        raise KeyboardInterrupt  # so that nothing that waits for the run takes it for finished
 
 
 def finetune(args, alpha, folder, source, machine):
@@ -91,20 +93,23 @@ def finetune(args, alpha, folder, source, machine):
         if run.step >= args.max_iters and (folder / "report.json").exists():
             machine.say(f"nothing left to do in {folder}/ after step {run.step}; for more: --max_iters N")
             return json.loads((folder / "report.json").read_bytes())
+        if run.step > args.max_iters:
+            raise ValueError(f"--max_iters {args.max_iters}: {folder}/ is at step {run.step} already")
     else:
         run.start(source)
     with machine.noting_signals():
-        if run.step == 0:
+        if run.evaluated < run.step and run.step in (0, args.max_iters):
             run.evaluate()
         train(args, alpha, machine, model, optimizer, corpus, counts, run)
     if run.step < args.max_iters:
         run.save()
-        processes = f"torchrun --standalone --nproc_per_node={machine.world_size}"
-        command = f"{processes if machine.world_size > 1 else 'python'} train.py --resume"
-        machine.say(f"stopped at step {run.step}; {folder}/ has the weights of step {run.after['iter']}; "
-                    f"to go on: {command}" + ("" if args.out_dir == "out" else f" --out_dir {args.out_dir}"))
-        return None
-    return run.report()
+    else:
+        with contextlib.suppress(KeyboardInterrupt):
+            return run.report()
+    processes = f"torchrun --standalone --nproc_per_node={machine.world_size}"
+    command = f"{processes if machine.world_size > 1 else 'python'} train.py --resume"
+    machine.say(f"stopped at step {run.step}; {folder}/ has the weights of step {run.after['iter']}; "
+                f"to go on: {command}" + ("" if args.out_dir == "out" else f" --out_dir {args.out_dir}"))
 
 
 # --- setting up ---
@@ -270,7 +275,7 @@ class Run:
         self.weights = pdl_weights(counts, alpha, args.eps, args.normalize)
         self.global_batch = args.batch_size * args.gradient_accumulation_steps
         self.windows = corpus.held_out(self.global_batch * args.eval_iters)
-        self.step, self.best, self.before, self.after = 0, float("inf"), None, None
+        self.step, self.evaluated, self.best, self.before, self.after = 0, -1, float("inf"), None, None
         self.since, self.logged, self.evaluation_seconds = time.time(), 0, 0.0
         self.same = {"data": corpus.fingerprint(), "counts": hashlib.sha256(counts.tobytes()).hexdigest()}
 
@@ -297,7 +302,8 @@ class Run:
                                  "what it had, or start a run in another --out_dir")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.best, self.before, self.after = map(state.get, ("step", "best", "before", "after"))
+        for name in "step", "evaluated", "best", "before", "after":
+            setattr(self, name, state.get(name, getattr(self, name)))
         self.logged = self.step
         self.introduce(self.folder)
         self.machine.say(f"resuming at step {self.step}")
@@ -323,7 +329,9 @@ class Run:
         dtype = str(machine.dtype).removeprefix("torch.")
         processes = f", {machine.world_size} processes" if machine.world_size > 1 else ""
         say(f"model: {Path(source).name}, {size:.1f}M parameters, {machine.device.type}, {dtype}{processes}")
-        say(f"data:  {self.corpus.description}")
+        of, n = len(self.corpus.windows), len(self.windows)
+        evaluated = f", {n:,} of {of:,} sequences of that evaluated (--eval_iters)" if n < of else ""
+        say(f"data:  {self.corpus.description}{evaluated}")
         frequent, rare = (f"{of_text[name]:.0%} of the text, {self.share_of_weight[name]:.0%} of the weight"
                           for name in ("frequent", "rare"))
         over = f" (rising, over {args.alpha_warmup_iters} steps)" * (args.alpha_warmup_iters > 0)
@@ -332,6 +340,9 @@ class Run:
         size = f"{self.global_batch} x {args.block_size}"
         say(f"run:   {args.max_iters} steps of {size} tokens, learning rate {args.learning_rate:g}, into "
             f"{self.folder}/")
+        if returns := self.own[self.tokenizer.encode_single_token(b"\r")]:
+            say(f"NOTE: the text has \\r, as in line ends of Windows, {returns:,} times: convert it, or the "
+                "model learns to write it")
         uncounted = np.flatnonzero((self.counts == 0) & (mass > 0))
         if len(uncounted) and self.alpha:
             heaviest = uncounted[np.argsort(-mass[uncounted])][:3]
@@ -370,7 +381,7 @@ class Run:
     def evaluate(self):
         """Predict held-out text; keep the weights if they are the best; save."""
         machine, start = self.machine, time.time()
-        result = self.predict() | {"iter": self.step}
+        result, self.evaluated = self.predict() | {"iter": self.step}, self.step
         left_out = f" (without {result['uncounted']:,} targets that were never counted)"
         ce, pdl = result["val_ce"], result["val_pdl"]
         machine.say(f"step {self.step}: held-out cross-entropy {ce:.4f}, PDL {pdl:.4f}"
@@ -392,8 +403,8 @@ class Run:
         if self.machine.rank == 0:
             self.check_finite(sum(p.detach().sum().item() for p in self.model.parameters()))
             state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                     "step": self.step, "best": self.best, "before": self.before, "after": self.after,
-                     "same": self.same}
+                     "step": self.step, "evaluated": self.evaluated, "best": self.best,
+                     "before": self.before, "after": self.after, "same": self.same}
             replace(self.folder / "resume.pt", lambda part: torch.save(state, part))
 
     def check_finite(self, number):
@@ -504,10 +515,11 @@ def resumed_args(p, out_dir):
     if not runs:
         p.error(f"--resume: there is no run to continue in {out_dir}")
     try:
-        had = json.loads((runs[0] / "args.json").read_bytes())
+        last = max((folder / "args.json" for folder in runs), key=os.path.getmtime)  # of the run in progress
+        had = json.loads(last.read_bytes())
         p.set_defaults(**{name: had[name] for name in vars(p.parse_args([])).keys() - {"resume", "out_dir"}})
     except (OSError, ValueError, KeyError, TypeError):
-        p.error(f"--resume: {runs[0] / 'args.json'} does not hold the flags of a run")
+        p.error(f"--resume: {out_dir} has no args.json with the flags of the run")
     args = p.parse_args()
     changed = [name for name, value in vars(args).items() if value != had[name] and name not in MAY_CHANGE]
     sequences = lambda flags: flags["batch_size"] * flags["gradient_accumulation_steps"]

@@ -121,7 +121,7 @@ CLAIMS = (
      at_equal_diversity("rare_f1"), "F1 of rare tokens"),
     ("... than by shifting the plain model's logits", "", "PDL 0.25", "plain, shift 0.25",
      at_equal_diversity("rare_f1"), "F1 of rare tokens"),
-    ("", "", "PDL 0.25", "plain, shift 0.25", at_equal_diversity("bleu"), "BLEU-4"),
+    ("...", "", "PDL 0.25", "plain, shift 0.25", at_equal_diversity("bleu"), "BLEU-4"),
     ("too large an alpha costs fluency", "4.2", "plain", "PDL 0.5",
      at_equal_diversity("bleu"), "BLEU-4 lost at alpha 0.5"),
     (EPSILON, "4.2", "PDL 0.5, eps 1", "PDL 0.5",
@@ -137,10 +137,10 @@ CLAIMS = (
     ("... and keeps the gain", "", RISING, "PDL 0.25", nats("rare"), "nats of rare tokens, the same"),
     ("... and writes better", "", RISING, "PDL 0.25", at_equal_diversity("bleu"), "BLEU-4, the same"),
     ("... than plain finetuning", "", RISING, "plain", at_equal_diversity("bleu"), "BLEU-4"),
-    ("", "", RISING, "plain", at_equal_diversity("rare_f1"), "F1 of rare tokens"),
+    ("...", "", RISING, "plain", at_equal_diversity("rare_f1"), "F1 of rare tokens"),
     ("... than shifting the plain model's logits", "", RISING, "plain, shift 0.25",
      at_equal_diversity("bleu"), "BLEU-4"),
-    ("", "", RISING, "plain, shift 0.25", at_equal_diversity("rare_f1"), "F1 of rare tokens"),
+    ("...", "", RISING, "plain, shift 0.25", at_equal_diversity("rare_f1"), "F1 of rare tokens"),
     ("a falling alpha helps", "5", "PDL 0.5, alpha falling", "PDL 0.25",
      at_equal_diversity("rare_f1"), "F1 of rare tokens, 0.5 to 0 against 0.25"),
 )
@@ -149,7 +149,7 @@ ON_SMALL_DATA = "4.3", "3.4"
 
 def verdict(of_task, on_average, claim, digits):
     if claim == EPSILON:
-        return f"at most {abs(on_average.mean) + on_average.half:{digits}}"
+        return f"at most {math.ceil(100 * (abs(on_average.mean) + on_average.half)) / 100:{digits}}"
     if {1, -1} <= {difference.sign() for difference in of_task}:
         return "depends on the task"
     return {1: "yes", 0: "not shown", -1: "no, the opposite"}[on_average.sign()]

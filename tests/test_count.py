@@ -218,7 +218,7 @@ def test_ctrl_c_leaves_no_half_written_counts(start, tiny, tmp_path):
     process.stdin.flush()
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=60) == ("", "")
-    assert process.returncode == 130 and not list(tmp_path.iterdir())
+    assert process.returncode == -signal.SIGINT and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name, content, word", [
@@ -239,12 +239,16 @@ def test_a_text_that_cannot_be_counted_is_named(run_here, one_line, tiny, tmp_pa
 
 
 @pytest.mark.usefixtures("posix")
-def test_counts_never_replace_what_is_no_file(run_here, one_line, text, tiny):
+def test_counts_replace_nothing_but_counts(run_here, one_line, text, tiny):
+    before = (text / "text.txt").read_bytes()
     if sys.platform != "win32":
         os.mkfifo(text / "device")
-    result = run_here("count.py", "text.txt", "--tokenizer", tiny, "-o", "device", cwd=text, ok=False)
-    one_line(result, "device", status=2)
-    assert (text / "device").is_fifo()
+    for name in "device", "text.txt":
+        result = run_here("count.py", "text.txt", "--tokenizer", tiny, "-o", name, cwd=text, ok=False)
+        one_line(result, name, status=2)
+    assert (text / "device").is_fifo() and (text / "text.txt").read_bytes() == before
+    for _ in range(2):
+        run_here("count.py", "text.txt", "--tokenizer", tiny, "-o", "counts.npy", cwd=text)
 
 
 def test_without_a_network_it_names_the_tokenizer_that_is_there(run_here, one_line, text):

@@ -60,24 +60,27 @@ def resume(run_here, text):
 
 
 @pytest.mark.usefixtures("posix")
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum, moment", [(signal.SIGINT, "step 3: loss"), (signal.SIGTERM, "step 3: loss"),
+                                            (signal.SIGINT, "writing on")], ids=str)
 def test_a_signal_ends_the_run_where_it_can_go_on(start, until, train, resume, small, text, log, losses,
-                                                  signum):
+                                                  signum, moment):
     flags = "--max_iters", 8, "--dropout", 0.1
     train(*flags, "--out_dir", "whole")
     process = start("train.py", *small, *flags, "--out_dir", "cut", cwd=text)
-    until(process, "step 3: loss")
+    until(process, moment)
     process.send_signal(signum)
     rest, stderr = process.communicate()
-    assert (process.returncode, stderr) == (130, "")
+    assert process.returncode == -signal.SIGINT  # it dies of it, or a shell's loop would go on
+    assert ("stopping after this step" in stderr) == (moment != "writing on")
     assert "to go on: python train.py --resume --out_dir cut" in rest
     resume("--out_dir", "cut")
     assert losses(text / "cut") == pytest.approx(losses(text / "whole"), rel=1e-5)
     assert len(log(text / "cut")) == len(log(text / "whole"))
+    assert (text / "cut/report.json").exists()
 
 
 @pytest.mark.usefixtures("posix")
-@pytest.mark.parametrize("moment, rank, status", [("step 1: loss", 0, 130), ("step 4: loss", 1, 0)],
+@pytest.mark.parametrize("moment, rank, status", [("step 1: loss", 0, -2), ("step 4: loss", 1, 0)],
                          ids=["training", "the last evaluation"])
 def test_a_signal_to_one_of_two_processes_ends_both(two_ranks, until, resume, small, text, losses, moment,
                                                     rank, status):
@@ -255,6 +258,13 @@ def test_two_runs_at_once_in_one_folder_are_refused(start, until, train, resume,
     resume("--max_iters", 1)  # it went with its process
 
 
+def test_line_ends_of_windows_are_told(train, text):
+    content = (text / "text.txt").read_bytes()
+    assert "NOTE: the text has \\r" not in train("--max_iters", 1, "--out_dir", "unix").stdout
+    (text / "text.txt").write_bytes(content.replace(b"\n", b"\r\n"))
+    assert "NOTE: the text has \\r" in train("--max_iters", 1, "--out_dir", "windows").stdout
+
+
 # --- --resume ---
 
 
@@ -273,6 +283,14 @@ def test_resume_refuses_what_would_make_the_result_another(train, resume, one_li
         file.write("more. ")
     one_line(resume("--max_iters", 3, ok=False), "data")
     assert files(text / "out") == before
+
+
+def test_resume_refuses_to_end_before_it_goes_on(train, resume, one_line, text):
+    train("--max_iters", 2)
+    (text / "out/report.json").unlink()  # as if stopped
+    one_line(resume("--max_iters", 1, ok=False), "step 2")
+    resume()
+    assert (text / "out/report.json").exists()
 
 
 def test_resume_refuses_counts_whose_content_changed(train, resume, one_line, text, tokenizer):

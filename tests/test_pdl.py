@@ -124,6 +124,9 @@ def test_autocast_computes_in_its_dtype_and_returns_float32_gradients():
     exact = reference(hidden, lm_head, targets, 0.5, 1e-6, "mean")
     assert 0 < (ours - exact).abs() < 0.01 * exact
     assert hidden.grad.dtype == lm_head.grad.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):  # it leaves float64 as it is
+        ours = linear_pdl_loss(hidden.double(), lm_head.double(), targets, pdl_weights(COUNTS))
+    torch.testing.assert_close(ours.float(), exact)
 
 
 @pytest.mark.parametrize("shape", [(V,), (64, V), (4, 33, V), (2, 3, 5, V)])
@@ -206,6 +209,8 @@ def test_loss_refuses_what_does_not_fit(loss):
     weights = pdl_weights(COUNTS)
     with pytest.raises(ValueError, match="weights"):
         loss(hidden, lm_head, targets, weights[1:])
+    with pytest.raises(ValueError, match="counts"):
+        loss(hidden, lm_head, targets, torch.as_tensor(COUNTS))
     with pytest.raises(ValueError, match="targets"):
         loss(hidden, lm_head, targets[1:], weights)
     with pytest.raises(ValueError, match="reduction"):

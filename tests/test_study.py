@@ -206,7 +206,7 @@ def test_the_readme_says_what_was_measured(root):
     def signs(tasks, method):
         return {compare(results, tasks, method, measure).sign() for measure in (f1, bleu)}
 
-    assert "no difference is shown between PDL 0.25 and plain finetuning" in readme
+    assert "no difference is shown in what PDL 0.25 and plain finetuning write" in readme
     assert signs("dialogue", "PDL 0.25") == {0}
     assert "On average that writes better than either" in readme
     assert compare(results, study.TASKS, rising, f1, shifted).sign() == 1
@@ -214,7 +214,7 @@ def test_the_readme_says_what_was_measured(root):
     assert "or a shift of -0.5 when sampling it writes no better than plain finetuning" in readme
     variants = "weights capped", "eps 1", "end of text at the mean weight", "alpha falling", "shift -0.5"
     assert all(1 not in signs("style", f"PDL 0.5, {variant}") for variant in variants)
-    assert "class-balanced weights are not shown to write better on average over three tasks" in readme
+    assert "class-balanced weights are not shown to write better on average over the four tasks" in readme
     assert all(1 not in signs(study.TASKS, method) for method in study.BASELINES)
     assert {sum(compare(results, task, method, f1) is not None for task in study.TASKS)
-            for method in study.BASELINES} == {3}
+            for method in study.BASELINES} == {4}

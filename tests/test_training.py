@@ -251,3 +251,12 @@ def test_a_series_that_lacks_its_last_run_makes_it(train, run_here, text):
     whole = train("--max_iters", 1, "--alpha", 0, 0.5)
     shutil.rmtree(text / "out/alpha-0.5")  # as if ended between the two
     assert table_rows(run_here("train.py", "--resume", cwd=text).stdout) == table_rows(whole)
+
+
+def test_a_resumed_series_starts_from_the_model_that_it_began_with(run_here, small, text, tiny):
+    run_here("train.py", *small[2:], "--max_iters", 1, "--alpha", 0.5, 0, cwd=text)  # instead of gpt2, tiny/
+    had = json.loads((text / "out/alpha-0.5/args.json").read_bytes())
+    assert had["init_from"] == str(tiny)
+    shutil.rmtree(text / "out/alpha-0")
+    out = run_here("train.py", "--resume", "--max_iters", 2, cwd=text).stdout
+    assert out.count("model: tiny") == 1 and out.count("run:   2 steps") == 2
