@@ -292,6 +292,7 @@ class Run:
                     replace(self.folder / name, lambda part: part.write_bytes(content))
             replace(self.folder / "counts.npy", lambda part: count.write_counts(part, self.counts))
             write_json(self.folder / "args.json", vars(self.args))
+            self.model.save_pretrained(self.folder)  # a checkpoint from the first moment
 
     def resume(self):
         """Go on from resume.pt. Raises ValueError if text or counts are not what they were."""
@@ -316,6 +317,9 @@ class Run:
                         kept.append(line)
             replace(log, lambda part: part.write_text("".join(kept), encoding="utf-8"))
             write_json(self.folder / "args.json", vars(self.args))
+        reported = (self.folder / "report.json").exists()
+        if self.machine.rank == 0 and self.after["iter"] == self.step and not reported:
+            self.model.save_pretrained(self.folder)  # it may have been killed just before it did that
 
     def introduce(self, source):
         """The first screen: the model, the data, the loss, the length of the run."""
@@ -390,11 +394,10 @@ class Run:
         self.check_finite(ce)
         self.before = self.before or result
         if ce < self.best:
-            # What it starts from is kept, so that there is a checkpoint from the first moment: no result.
-            self.best, self.after = ce if self.step else float("inf"), result
-            if machine.rank == 0:
-                self.model.save_pretrained(self.folder)
+            self.best, self.after = ce if self.step else float("inf"), result  # what it starts from is none
         self.save()
+        if self.after is result and self.step and machine.rank == 0:
+            self.model.save_pretrained(self.folder)  # after resume.pt, from which it can be made again
         self.evaluation_seconds = time.time() - start
         self.since += self.evaluation_seconds  # the log shows the speed of training
 

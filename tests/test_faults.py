@@ -151,6 +151,25 @@ def test_a_torn_last_line_of_the_log_does_not_keep_from_resuming(train, resume, 
     assert list(losses(text / "out")) == [1, 2, 3]
 
 
+def test_killed_between_its_state_and_its_weights_it_has_both(train, resume, text, monkeypatch):
+    replace, written = os.replace, []
+
+    def end_at_the_second_weights(part, path):
+        written.append(Path(path).name)
+        if written.count("model.safetensors") == 2:
+            raise SystemExit(137)
+        replace(part, path)
+
+    monkeypatch.setattr(os, "replace", end_at_the_second_weights)
+    assert train("--max_iters", 4, "--eval_interval", 2, ok=False).returncode == 137
+    monkeypatch.setattr(os, "replace", replace)
+    state = torch.load(text / "out/resume.pt", weights_only=True)
+    assert state["after"]["iter"] == state["step"] == 2
+    resume("--max_iters", 2)
+    weights = GPT.from_pretrained(text / "out").state_dict()
+    assert all(torch.equal(weights[name], w) for name, w in state["model"].items())
+
+
 def test_killed_while_the_log_is_rewritten_nothing_of_it_is_lost(train, resume, text, monkeypatch):
     train("--max_iters", 2)
     before = (text / "out/log.jsonl").read_bytes()
@@ -189,10 +208,11 @@ def test_a_loss_that_is_no_number_ends_the_run(train, one_line, text):
 
 def test_weights_that_are_no_number_never_replace_good_ones(train, resume, one_line, text, monkeypatch):
     train("--max_iters", 2)
-    before = files(text / "out")["resume.pt"], files(text / "out")["model.safetensors"]
+    names = "resume.pt", "model.safetensors"
+    before = [(text / "out" / name).read_bytes() for name in names]
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", ruin)
     one_line(resume("--max_iters", 3, "--log_interval", 5, ok=False), "no number")
-    assert before == (files(text / "out")["resume.pt"], files(text / "out")["model.safetensors"])
+    assert before == [(text / "out" / name).read_bytes() for name in names]
 
 
 def ruin(parameters, max_norm):
