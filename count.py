@@ -583,8 +583,9 @@ def run(main):
 def _is_npy(path):
     if not os.path.isfile(path):
         return False
+    magic = np.lib.format.MAGIC_PREFIX
     with open(path, "rb") as file:
-        return file.read(6) == b"\x93NUMPY"
+        return file.read(len(magic)) == magic
 
 
 def main():

@@ -147,9 +147,10 @@ CLAIMS = (
 ON_SMALL_DATA = "4.3", "3.4"
 
 
-def verdict(of_task, on_average, claim, digits):
+def verdict(of_task, on_average, claim):
     if claim == EPSILON:
-        return f"at most {math.ceil(100 * (abs(on_average.mean) + on_average.half)) / 100:{digits}}"
+        bound = abs(on_average.mean) + on_average.half
+        return f"at most {math.ceil(100 * bound) / 100:.2f}"  # a bound is rounded up
     if {1, -1} <= {difference.sign() for difference in of_task}:
         return "depends on the task"
     return {1: "yes", 0: "not shown", -1: "no, the opposite"}[on_average.sign()]
@@ -164,7 +165,7 @@ def table_of_claims(results, by_task=False):
         if on_average:
             digits = ".2f" if "nats" in what else ".3f"
             measured = list(filter(None, of_task))
-            found = verdict(measured, on_average, claim, digits)
+            found = verdict(measured, on_average, claim)
             row = [claim, where, f"**{found}**", f"{on_average:{digits}}", what, len(measured)]
             rows.append(row + [f"{one:{digits}}" if one else "" for one in of_task] * by_task)
     titles = [title for title, _ in TASKS.values()] * by_task
