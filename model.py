@@ -1,30 +1,28 @@
 """
-GPT-2 in one file: the network and how it writes; then checkpoint folders in Hugging Face's layout
-(config.json, model.safetensors), so that the released sizes open here and what is saved here in Transformers;
-then what it runs on: devices, dtypes, processes.
+GPT-2 in one file: the network, and how it writes. Then checkpoint folders in Hugging Face's layout, and
+downloads from its hub.
 
-    model = GPT.from_pretrained("gpt2")                   # or "gpt2-medium", ..., "distilgpt2", or a folder
-    logits = model(idx)                                   # (B, T) int64 -> (B, T, vocab_size)
+    model = GPT.from_pretrained("gpt2")     # a released model, OWNER/NAME on the hub, or a folder
+    logits = model(idx)                     # (B, T) int64 -> (B, T, vocab_size)
 
-The architecture is that of Radford et al. 2019, with the module names of the released checkpoints.
-It does not know the loss (pdl.py) nor the text (count.py).
+The architecture is that of Radford et al. 2019, with the names of the released checkpoints. This file knows
+neither the loss (pdl.py) nor the text (count.py).
 """
 
-import contextlib
 import http.client
 import json
 import math
 import os
+import re
 import secrets
-import signal
 import sys
+import time
 import urllib.error
 import urllib.request
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -32,46 +30,50 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass
 class GPTConfig:
-    """The fields of config.json that matter here, under their names there; the values are GPT-2's."""
+    """The fields of config.json that matter here, with their names there and GPT-2's values."""
 
     vocab_size: int = 50257
     n_positions: int = 1024  # the context window
     n_embd: int = 768
     n_layer: int = 12
     n_head: int = 12
+    n_inner: int | None = None  # width of the MLP; None: 4 * n_embd
     layer_norm_epsilon: float = 1e-5
     embd_pdrop: float = 0.1
     attn_pdrop: float = 0.1
     resid_pdrop: float = 0.1
-    eos_token_id: int = 50256  # <|endoftext|>
+    eos_token_id: int = 50256  # the end-of-text token
+    other: dict = field(default_factory=dict)  # all other fields, to be saved as they were
 
 
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.attn_pdrop
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key and value at once
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, x, cache=None, pos=0):
         B, T, C = x.shape
-        # each (B, n_head, T, head size)
+        # q, k, v: (B, n_head, T, C / n_head) each
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
-        if cache is not None:  # (2, B, n_head, length, head size): keys and values of the tokens before pos
+        if cache is not None:  # (2, B, n_head, length, C / n_head): keys and values of the tokens before pos
             cache[0, :, :, pos : pos + T], cache[1, :, :, pos : pos + T] = k, v
-            k, v = cache[:, :, :, : pos + T]
-        # A single new token sees all that came before it; several see each other causally.
-        dropout = self.dropout * self.training
+            k, v = cache[:, :, :, : pos + T]  # (B, n_head, pos + T, C / n_head) each
+        dropout = self.dropout if self.training else 0.0
+        # A single new token may see all tokens so far. Several must not see those to their right.
         y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, dropout_p=dropout, is_causal=T > 1)
-        return self.resid_dropout(self.c_proj(y.to(q.dtype).transpose(1, 2).reshape(B, T, C)))
+        y = y.to(x.dtype).transpose(1, 2).reshape(B, T, C)  # the heads side by side
+        return self.resid_dropout(self.c_proj(y))
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        n_inner = config.n_inner or 4 * config.n_embd
+        self.c_fc = nn.Linear(config.n_embd, n_inner)
+        self.c_proj = nn.Linear(n_inner, config.n_embd)
         self.dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, x):
@@ -94,14 +96,13 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2. The output layer is the token embedding, transposed (tied weights)."""
+    """GPT-2. The token embedding is also the output layer (tied weights)."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        # True: recompute in the backward pass what is inside the MLPs, half of what a block keeps for it, and
-        # cheap to have again. GPT-2 124M, 4 x 512, float32 on a CPU: 3.30 instead of 3.66 GB for 6% more time
-        # (recomputing whole blocks: 3.26 GB, 15%).
+        self.generation_config = {}  # the content of generation_config.json, to be saved as it was
+        # True: the backward pass computes the MLPs again, which halves the memory of a block cheaply.
         self.activation_checkpointing = False
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
@@ -110,14 +111,13 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
         for name, p in self.named_parameters():
             if p.dim() > 1:
-                # GPT-2 (section 2.3): the layers that write to the residual stream start smaller, by 1/sqrt
-                # of their number, two in a block.
-                nn.init.normal_(p, std=0.02 * ((2 * config.n_layer) ** -0.5 if "c_proj" in name else 1))
+                # Layers that write to the residual stream start smaller (GPT-2, section 2.3).
+                nn.init.normal_(p, std=0.02 / (math.sqrt(2 * config.n_layer) if "c_proj" in name else 1))
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
     def set_dropout(self, p):
-        """Drop out with probability p in training, everywhere."""
+        """Drop out with probability p everywhere in training."""
         for module in self.modules():
             if isinstance(module, nn.Dropout):
                 module.p = p
@@ -130,341 +130,343 @@ class GPT(nn.Module):
         return self.wte.weight
 
     def forward(self, idx, return_hidden=False, cache=None, pos=0):
-        """idx (B, T) int64 -> logits (B, T, vocab_size), or the hidden states (B, T, n_embd) they come from.
+        """idx (B, T) int64 -> logits (B, T, vocab_size), or the hidden states they come from, (B, T, n_embd).
 
-        cache, pos: keys and values of the pos tokens before idx, as generate keeps them.
+        cache, pos: keys and values of the pos tokens before idx, from new_cache.
         Raises ValueError for more tokens than the context window holds.
         """
         T, window = idx.shape[1], self.config.n_positions
         if pos + T > window:
-            raise ValueError(f"{pos + T} tokens do not fit into the model's context window of {window}")
-        x = self.drop(self.wte(idx) + self.wpe.weight[pos : pos + T])
+            raise ValueError(f"{pos + T} tokens do not fit into the context window of {window}")
+        x = self.drop(self.wte(idx) + self.wpe.weight[pos : pos + T])  # (B, T, n_embd)
         recompute = self.activation_checkpointing and self.training
         for i, block in enumerate(self.h):
             x = block(x, None if cache is None else cache[i], pos, recompute)
         x = self.ln_f(x)
         return x if return_hidden else F.linear(x, self.lm_head)
 
+    def new_cache(self, batch_size, length):
+        """Room for the keys and values of length tokens: (n_layer, 2, B, n_head, length, head size)."""
+        c, w = self.config, self.lm_head
+        # On a CPU attention in bfloat16 is slower than in float32.
+        dtype = torch.float32 if w.device.type == "cpu" else w.dtype
+        return w.new_empty(c.n_layer, 2, batch_size, c.n_head, length, c.n_embd // c.n_head, dtype=dtype)
+
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, logit_bias=None):
         """Append max_new_tokens sampled tokens to idx: (B, T) -> (B, T + max_new_tokens).
 
         temperature: 0 takes the likeliest token. top_k: sample among the k likeliest. top_p: among the fewest
-        likeliest that together have at least this probability (Holtzman et al. 2020). logit_bias: (V,), added
-        to the logits before all that. Past the context window, the last n_positions tokens are seen.
+        likeliest whose probabilities reach top_p together (Holtzman et al. 2020). logit_bias: (V,), added to
+        the logits. Beyond the context window, the last n_positions tokens are seen.
         Raises ValueError for an empty idx.
         """
         B, T = idx.shape
         if T == 0:
             raise ValueError("generate needs at least one token to start from")
-        window, pos = self.config.n_positions, 0
+        window, was_training, onednn = self.config.n_positions, self.training, torch.backends.mkldnn.enabled
         idx = torch.cat((idx, idx.new_empty(B, max_new_tokens)), dim=1)
-        cache = self._empty_cache(B, min(window, T + max_new_tokens))
-        was_training, onednn = self.training, torch.backends.mkldnn.enabled
+        cache, pos = self.new_cache(B, min(window, T + max_new_tokens)), 0
         self.eval()
-        try:
-            for end in range(T, T + max_new_tokens):
-                # Keys and values of what was seen are kept: each step computes one token instead of all. When
-                # the window slides every position changes, and with it every key: all is computed anew.
-                unseen = idx[:, pos if end <= window else end - window : end]
-                # In half precision oneDNN is slower than PyTorch's own product for a single row, only there:
-                # GPT-2 124M writes 63 tokens/s with it, 116 without, on two cores with AVX512-BF16.
-                single = unseen.numel() == 1 and self.lm_head.dtype != torch.float32
-                torch.backends.mkldnn.enabled = onednn and not single
-                if end <= window:
-                    hidden, pos = self(unseen, True, cache, pos), end
-                else:
-                    hidden = self(unseen, return_hidden=True)
-                logits = F.linear(hidden[:, -1], self.lm_head).float()
-                if logit_bias is not None:
-                    logits += logit_bias
-                if temperature < 1e-37:  # which is none in float32
-                    idx[:, end] = logits.argmax(-1)
-                else:
-                    logits -= logits.max(-1, keepdim=True).values  # a tiny temperature makes none infinite
-                    idx[:, end] = _draw(_truncate(logits / temperature, top_k, top_p).softmax(-1))
-        finally:
-            torch.backends.mkldnn.enabled = onednn
-            self.train(was_training)
+        for end in range(T, T + max_new_tokens):
+            # Each step computes the new token alone. Once the window slides, every position changes.
+            unseen = idx[:, pos:end] if end <= window else idx[:, end - window : end]
+            # For one row in half precision oneDNN is slow: 63 tokens/s with it, 116 without (AMD EPYC).
+            one_row = unseen.numel() == 1 and self.lm_head.dtype != torch.float32
+            torch.backends.mkldnn.enabled = onednn and not one_row
+            hidden = self(unseen, True, cache, pos) if end <= window else self(unseen, True)
+            logits = F.linear(hidden[:, -1], self.lm_head).float()  # (B, V)
+            torch.backends.mkldnn.enabled, pos = onednn, end
+            if logit_bias is not None:
+                logits += logit_bias
+            idx[:, end] = sample_token(logits, temperature, top_k, top_p)
+        self.train(was_training)
         return idx
-
-    def _empty_cache(self, batch_size, length):
-        # In float32 on a CPU: attention to 256 tokens in bfloat16 takes 4 times as long there.
-        c, w = self.config, self.lm_head
-        dtype = torch.float32 if w.device.type == "cpu" else w.dtype
-        return w.new_empty(c.n_layer, 2, batch_size, c.n_head, length, c.n_embd // c.n_head, dtype=dtype)
 
     @classmethod
     def from_pretrained(cls, name_or_folder):
-        """A released model by its name, downloaded on first use, or a folder in the same layout; in float32.
+        """A released model ("gpt2"), OWNER/NAME on the hub, or a checkpoint folder; in float32.
 
         Raises OSError if it cannot be had, ValueError if it is not a GPT-2.
         """
         folder = checkpoint_folder(name_or_folder)
-        model = cls(read_config(folder))
-        model.load_weights(folder)
+        with torch.device("meta"):  # no memory for weights that are replaced at once
+            model = cls(read_config(folder))
+        model.load_state_dict(read_weights(folder, model), assign=True)
+        if (folder / "generation_config.json").exists():
+            model.generation_config = json.loads((folder / "generation_config.json").read_bytes())
         return model
 
-    def load_weights(self, folder):
-        """Take the weights of a checkpoint folder of the same shape. Errors as in from_pretrained."""
-        path = Path(folder, "model.safetensors")
-        if path.exists():
-            shapes, read = _open_safetensors(path)
-        elif (path := Path(folder, "pytorch_model.bin")).exists():
-            state = load_state(path)
-            shapes, read = {name: getattr(w, "shape", None) for name, w in state.items()}, state.get
-        else:
-            raise FileNotFoundError(f"{folder} has neither model.safetensors nor pytorch_model.bin: "
-                                    "name a folder with all weights in one of them")
-        # Beside the weights, some hold the causal mask and the output layer, which is the embedding again.
-        names = {name.removeprefix("transformer."): name for name in shapes
-                 if not name.endswith((*MASKS, "lm_head.weight"))}
-        own = self.state_dict()
-        for name in sorted(own.keys() ^ names.keys()):
-            what = "lacks" if name in own else "has an unknown"
-            raise ValueError(f"{path} {what} weight {ascii(name)[1:-1]}: not this GPT-2")
-        for name, w in own.items():
-            shape = shapes[names[name]]
-            if shape != (w.t() if _is_conv1d(name) else w).shape:
-                raise ValueError(f"{path}: {name} has shape {shape}, which is not what config.json asks for")
-        if "lm_head.weight" in shapes and not torch.equal(read("lm_head.weight"), read(names["wte.weight"])):
-            raise ValueError(f"{path}: lm_head.weight is not wte.weight, as it is in GPT-2")
-        for name, w in own.items():
-            w.copy_(read(names[name]).t() if _is_conv1d(name) else read(names[name]))
-
     def save_pretrained(self, folder, dtype=torch.float32):
-        """Write config.json and model.safetensors as the released checkpoints have them, weights as dtype."""
+        """Write a checkpoint folder that Transformers opens, too; without the tokenizer. Raises OSError."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        config = GPT2 | asdict(self.config) | {"architectures": ["GPT2LMHeadModel"], "dtype": "float32",
-                                               "bos_token_id": self.config.eos_token_id}
-        state = {f"transformer.{name}": w.t() if _is_conv1d(name) else w
-                 for name, w in self.state_dict().items()}
-        text = json.dumps(config, indent=2) + "\n"
-        replace(folder / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
-        replace(folder / "model.safetensors", lambda path: _write_safetensors(path, state, dtype))
+        config = asdict(self.config)
+        config = GPT2 | {"bos_token_id": self.config.eos_token_id} | config.pop("other") | config
+        write_json(folder / "config.json", config)
+        if self.generation_config:
+            write_json(folder / "generation_config.json", self.generation_config)
+        state = {f"transformer.{name}": turn(name, w) for name, w in self.state_dict().items()}
+        replace(folder / "model.safetensors", lambda path: write_safetensors(path, state, dtype))
 
 
-def _draw(p):
-    """One token of each row of probabilities p (B, V), drawn: (B,)."""
-    # torch.multinomial draws a random number per token of the vocabulary: 1.2 ms of a step's 15 on a CPU. One
-    # is enough; in float64, where the many small probabilities of rare tokens do not vanish in the sum.
+def sample_token(logits, temperature=1.0, top_k=None, top_p=None):
+    """A token for each row of logits (B, V): (B,). The arguments are those of GPT.generate."""
+    if temperature < 1e-6:
+        return logits.argmax(-1)
+    p, token = (logits / temperature).softmax(-1), None  # (B, V)
+    if top_k is not None:
+        p, token = p.topk(min(top_k, p.shape[-1]))  # (B, k) each
+        p = p / p.sum(-1, keepdim=True)
+    if top_p is not None and top_p < 1:
+        # Sorting GPT-2's vocabulary takes longer than the network. The likeliest 1,000 tokens mostly suffice.
+        for n in min(1000, p.shape[-1]), p.shape[-1]:
+            likeliest, index = p.topk(n)  # (B, n) each, the likeliest first
+            before = likeliest.cumsum(-1) - likeliest  # how likely the tokens before each are together
+            if before[:, -1].min() >= top_p:
+                break
+        p = torch.zeros_like(p).scatter(1, index, likeliest.masked_fill(before >= top_p, 0))
+    choice = draw(p)
+    return choice if token is None else token.gather(1, choice[:, None])[:, 0]
+
+
+def draw(p):
+    """An index for each row of probabilities (B, n): (B,)."""
     if p.device.type != "cpu":
         return torch.multinomial(p, 1)[:, 0]
+    # On a CPU multinomial takes a tenth of GPT-2's time, because it draws a number for each token. One is
+    # enough. The sum is in float64, to keep the small probabilities of rare tokens.
     cdf = p.cumsum(-1, dtype=torch.float64)
-    u = torch.rand(len(p), 1, dtype=torch.float64)
-    return torch.searchsorted(cdf, u * cdf[:, -1:], right=True)[:, 0]
+    u = torch.rand(len(p), 1, dtype=torch.float64) * cdf[:, -1:]
+    return torch.searchsorted(cdf, u, right=True)[:, 0]
 
 
-def _truncate(logits, top_k, top_p):
-    """logits (B, V), with all but the likeliest tokens at -inf."""
-    if top_k is not None:
-        likeliest, index = logits.topk(min(top_k, logits.shape[-1]))
-        logits = torch.full_like(logits, -float("inf")).scatter(1, index, likeliest)
-    if top_p is not None and top_p < 1:
-        # Sorting all of GPT-2's vocabulary takes 28 ms on a CPU, twice as long as the network; finding the
-        # likeliest 1,000 takes half of one, and nearly always they have the probability.
-        p = logits.softmax(-1)
-        for k in 1000, logits.shape[-1]:
-            likeliest, index = p.topk(min(k, logits.shape[-1]))
-            before = likeliest.cumsum(-1) - likeliest
-            if (before[:, -1] >= top_p).all():
-                break
-        # Drop a token if those before it already have the probability: the first always stays.
-        kept = logits.gather(1, index).masked_fill((before >= top_p) & (before > 0), -float("inf"))
-        logits = torch.full_like(logits, -float("inf")).scatter(1, index, kept)
-    return logits
+# --- checkpoint folders: config.json, model.safetensors and the tokenizer's files ---
 
-
-# --- checkpoint folders, files and downloads ---
-
-REPOS = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
-REPOS["distilgpt2"] = "distilbert/distilgpt2"
-HUB = "https://huggingface.co"
-# The weights' SHA-256 where it is known for certain; a mirror may serve what it likes.
-SHA256 = {"gpt2": "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707",
-          "distilgpt2": "e1ff18884359fe8beb795a5f414feb85a6ce3d929ad019c0d958c039d2b94a1b"}
-# What a released checkpoint is made of. The weights come last: where they are, all the rest is.
-FILES = ("config.json", "vocab.json", "merges.txt", "model.safetensors")
-
-# What config.json says of every GPT-2; a model with other values computes something else.
+# What config.json says of every GPT-2. With other values it would be another network.
 GPT2 = {"model_type": "gpt2", "activation_function": "gelu_new", "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False, "tie_word_embeddings": True}
-
-# Buffers that old checkpoints hold beside the weights.
-MASKS = (".attn.bias", ".attn.masked_bias")
+NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", "lm_head.weight")  # causal masks, and wte once more
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def checkpoint_folder(name_or_folder):
-    """The local folder of a checkpoint. The released names are downloaded into torch.hub's directory, once.
-
-    Raises OSError if there is no such folder or it cannot be downloaded. HF_ENDPOINT names a mirror.
-    """
-    name = str(name_or_folder)
-    if name not in REPOS or isinstance(name_or_folder, Path):  # ./gpt2 is a folder, gpt2 is not
-        if not Path(name, "config.json").exists():
-            raise FileNotFoundError(f"{name} is neither a checkpoint folder (no config.json there; train.py "
-                                    f"makes one) nor one of {', '.join(REPOS)}")
-        return Path(name)
-    folder = Path(torch.hub.get_dir(), "pdl", name)
-    endpoint = os.environ.get("HF_ENDPOINT", HUB).rstrip("/")
-    for file in FILES:
-        if (folder / file).exists():
-            continue
-        part = _part(folder / file)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            sha256 = SHA256.get(name) if file == FILES[-1] and endpoint == HUB else None
-            _download(f"{endpoint}/{REPOS[name]}/resolve/main/{file}", part, sha256)
-            os.replace(part, folder / file)
-        except (OSError, http.client.HTTPException, RuntimeError, ValueError) as error:
-            if not (folder / file).exists():  # else another process was faster, and may have it open
-                raise OSError(f"{name} is not cached and cannot be downloaded ({_reason(file, error)}): "
-                              "connect, or name a checkpoint folder such as tiny") from None
-        finally:
-            if part.exists():
-                part.unlink()
-    return folder
-
-
-def _download(url, path, sha256):
-    # The size is asked for first, with a time limit: torch.hub sets none, and takes a connection cut short
-    # for the end. By GET, since the address that weights are redirected to may be signed for that alone.
-    with urllib.request.urlopen(url, timeout=10) as reply:
-        size = reply.headers["Content-Length"]
-    torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
-    if size is not None and path.stat().st_size != int(size):
-        raise OSError(f"got {path.stat().st_size:,} of {int(size):,} bytes; try again")
-    if url.endswith(".safetensors"):
-        try:
-            _open_safetensors(path)  # its header states its length
-        except ValueError:
-            raise OSError("what came is damaged, or no safetensors file; try again") from None
-
-
-def _reason(file, error):
-    if isinstance(error, RuntimeError):  # torch.hub's, which quotes both hashes
-        return f"{file} has another SHA-256 than the one published"
-    if isinstance(error, urllib.error.URLError) and isinstance(error.reason, OSError):  # no connection
-        return error.reason.strerror or str(error.reason)
-    return f"{file}: {getattr(error, 'strerror', None) or error}"
-
-
 def read_config(folder):
-    """The GPTConfig of a checkpoint folder. Raises ValueError for what is not GPT-2."""
-    path = Path(folder) / "config.json"
+    """The GPTConfig of a checkpoint folder. Raises ValueError if it is not a GPT-2."""
+    path = folder / "config.json"
     try:
-        given = json.loads(path.read_text(encoding="utf-8"))
+        given = json.loads(path.read_bytes())
         for name, value in GPT2.items():
-            if given.get(name, value) != value:
+            if given.get(name, value) not in (value, "gelu_pytorch_tanh"):  # the latter is gelu_new
                 raise ValueError(f"{name} is {given[name]!r}, not {value!r}")
-        default = asdict(GPTConfig())
-        if type(given.get("eos_token_id")) is not int:  # it may lack one, or have several
-            given["eos_token_id"] = given.get("vocab_size", default["vocab_size"]) - 1
-        config = GPTConfig(**{name: type(value)(given.get(name, value)) for name, value in default.items()})
-        if min(asdict(config).values()) < 0 or config.n_head < 1 or config.n_embd % config.n_head:
+        given.setdefault("n_positions", given.get("n_ctx", GPTConfig.n_positions))
+        own = GPTConfig.__dataclass_fields__.keys() - {"other"}
+        config = GPTConfig(**{name: given.pop(name) for name in own & given.keys()}, other=given)
+        sizes = config.vocab_size, config.n_positions, config.n_embd, config.n_layer, config.n_head
+        if any(type(n) is not int or n < 1 for n in (*sizes, config.n_inner or 1)) or sizes[2] % sizes[4]:
             raise ValueError("its sizes fit no network")
-    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} does not describe a GPT-2: {error}") from None
     return config
 
 
-def _open_safetensors(path):
-    """What a safetensors file holds: {name: shape}, and a function that reads one tensor. Raises ValueError.
+def read_weights(folder, model):
+    """The state dict for a GPT from a checkpoint folder, in float32. Raises OSError or ValueError."""
+    path = next((folder / name for name in WEIGHTS if (folder / name).exists()), None)
+    if path is None:
+        raise FileNotFoundError(f"{folder} has neither {' nor '.join(WEIGHTS)}")
+    state = load_state(path) if path.suffix == ".bin" else read_safetensors(path)
+    state = {name.removeprefix("transformer."): turn(name, w) for name, w in state.items()
+             if isinstance(w, torch.Tensor) and not name.endswith(NOT_WEIGHTS)}
+    found, wanted = ({name: w.shape for name, w in of.items()} for of in (state, model.state_dict()))
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name) != wanted.get(name):
+            raise ValueError(f"{path} does not fit config.json: {name!a} has shape {found.get(name)}, "
+                             f"not {wanted.get(name)}")
+        if not state[name].isfinite().all():
+            raise ValueError(f"{path} holds a broken model: {name} is NaN or infinite")
+    return {name: w.float().contiguous() for name, w in state.items()}
 
-    Eight bytes are the header's length, then come the header, JSON, and the tensors, without a gap. They are
-    read, not mapped: Windows does not replace a mapped file, and in those of GPT-2 nothing is aligned.
-    """
+
+def turn(name, w):
+    """Checkpoints have the linear layers of a block as (in, out), nn.Linear as (out, in): from one to the other."""
+    return w.transpose(0, -1) if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else w
+
+
+def read_safetensors(path):
+    """{name: tensor}. Eight bytes are the header's length, then come the header, as JSON, and the tensors."""
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             start = 8 + int.from_bytes(file.read(8), "little")
-            if start > size:
-                raise ValueError(f"cut short at {size:,} bytes")
-            header = json.loads(file.read(start - 8))
-        header.pop("__metadata__", None)
-        header = {name: (*w["data_offsets"], w["dtype"], w["shape"]) for name, w in header.items()}
-        end = 0
-        for name, (begin, stop, dtype, shape) in sorted(header.items(), key=lambda item: item[1][:2]):
-            if begin != end or any(type(n) is not int or n < 0 for n in (begin, stop, *shape)):
-                raise ValueError(f"{name[:99]!a} is out of place")
-            if not name.endswith(MASKS) and stop - begin != math.prod(shape) * DTYPES[dtype].itemsize:
-                raise ValueError(f"{name[:99]!a} is not of its length")
-            end = stop
-        if start + end != size:
-            raise ValueError(f"{size:,} bytes, not {start + end:,}")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        what = error if isinstance(error, ValueError) else f"its header, {type(error).__name__} {error}"
-        raise ValueError(f"{path} is damaged, or no safetensors file of F32, F16 or BF16: {what}") from None
-
-    def read(name):
-        begin, stop, dtype, shape = header[name]
-        data = torch.empty(stop - begin, dtype=torch.uint8)
-        with open(path, "rb") as file:
-            file.seek(start + begin)
-            file.readinto(data.numpy())
-        return data.view(DTYPES[dtype]).view(shape)
-
-    return {name: tuple(shape) for name, (_, _, _, shape) in header.items()}, read
+            header = json.loads(file.read(start - 8)) if start <= size else {"": {}}
+            state = {}
+            for name in header.keys() - {"__metadata__"}:
+                begin, end = header[name]["data_offsets"]
+                dtype, shape = header[name]["dtype"], header[name]["shape"]
+                if name.endswith(NOT_WEIGHTS):
+                    continue  # masks have other dtypes
+                if not 0 <= begin <= end <= size - start:
+                    raise ValueError("it is cut short")
+                data = torch.empty(end - begin, dtype=torch.uint8)
+                file.seek(start + begin)
+                file.readinto(data.numpy())
+                state[name] = data.view(DTYPES[dtype]).view(shape)  # copied, since the file may be unaligned
+            return state
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} is damaged, or not safetensors of F32, F16 or BF16: {reason}") from None
 
 
-def _write_safetensors(path, state, dtype):
+def write_safetensors(path, state, dtype):
     header, end = {"__metadata__": {"format": "pt"}}, 0
     code = next(code for code in DTYPES if DTYPES[code] == dtype)
     for name, w in state.items():
         begin, end = end, end + w.numel() * dtype.itemsize
         header[name] = {"dtype": code, "shape": list(w.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # so that whoever maps the file finds the tensors aligned
+    text += b" " * (-len(text) % 8)  # aligns the tensors, for those who map the file into memory
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for w in state.values():
             file.write(w.to("cpu", dtype).contiguous().view(torch.uint8).numpy())
 
 
-def _is_conv1d(name):
-    # The released checkpoints keep a block's linear layers as Conv1D: (in, out), not (out, in) as nn.Linear.
-    return name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-
-
 def load_state(path):
-    """The dict that torch.save wrote: tensors and plain values only, so that a stranger's file runs no code.
+    """The dict that torch.save wrote. Only tensors and plain values load, so a stranger's file runs no code.
 
     Raises ValueError for anything else.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict):
-            raise ValueError(f"a {type(state).__name__}, no dict")
-        return state
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path} is damaged or not a PyTorch checkpoint: {reason}") from None
+        raise ValueError(f"{path} is damaged, or not a PyTorch checkpoint: {reason}") from None
 
 
 def replace(path, write):
-    """Write a file beside its place and rename it: a reader finds the old one or the new, never a part.
+    """Call write with a path beside the file, then rename: a reader finds the old file or the new one, whole.
 
-    write: called with the path to write to. Raises OSError if it cannot be written.
+    Raises OSError.
     """
-    part = _part(path)
+    part = path.with_name(path.name + ".part")
     try:
         write(part)
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch.save raises the latter when the disk is full
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError when the disk is full
         reason = str(error).partition("\n")[0]
-        raise OSError(f"{path} could not be written ({reason}); what was there before is untouched") from None
+        raise OSError(f"{path} could not be written ({reason}); what was there is untouched") from None
     finally:
         part.unlink(missing_ok=True)
 
 
-def _part(path):
-    # Named for this process alone: two that write the same file do not write into each other's.
-    return path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+def write_json(path, content):
+    replace(path, lambda part: part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
 
 
-# --- device, dtype, processes ---
+# --- downloads ---
+
+RELEASED = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+RELEASED["distilgpt2"] = "distilbert/distilgpt2"
+# Of a tokenizer, tokenizer.json is enough, or else merges.txt with vocab.json.
+TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json",
+             "merges.txt", "vocab.json")
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that there is
+
+
+def checkpoint_folder(name_or_folder, weights=True):
+    """The local folder of a checkpoint, or of just a tokenizer. A model on the hub is downloaded once.
+
+    Hugging Face's own cache is used if it holds the model. HF_ENDPOINT names a mirror. Raises OSError if there
+    is no such folder or model, ValueError if it is no GPT-2.
+    """
+    name = str(name_or_folder)
+    repo = RELEASED.get(name_or_folder, name)  # ./gpt2 and Path("gpt2") are folders, "gpt2" is not
+    if repo == name and (Path(name).is_dir() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)):
+        folder = Path(name)
+    else:
+        own = Path(torch.hub.get_dir(), "pdl", repo.replace("/", "--"))
+        folders = own, hub_snapshot(name), hub_snapshot(repo)
+        folder = next((folder for folder in folders if is_complete(folder, weights)), own)
+        if folder == own:
+            fetch(name, repo, own, weights)
+    if not is_complete(folder, weights):
+        raise FileNotFoundError(f"{name} is no checkpoint that can be used: {whats_wrong(folder)}")
+    return folder
+
+
+def is_complete(folder, weights):
+    def has(*names):
+        return any((folder / name).is_file() for name in names)
+
+    if weights:
+        return has("config.json") and has(*WEIGHTS)
+    return has("tokenizer.json") or has("vocab.json") and has("merges.txt")
+
+
+def whats_wrong(folder):
+    for pattern, reason in {
+        "adapter_config.json": "it is a PEFT adapter; merge it into its model and save that",
+        "*.index.json": "its weights are in several files; save it with a larger max_shard_size",
+        "*/config.json": "it holds several checkpoints; name one of them",
+        "config.json": f"it has neither {' nor '.join(WEIGHTS)}",
+    }.items():
+        if any(folder.glob(pattern)):
+            return reason
+    return f"it has no config.json (names are {', '.join(RELEASED)}, and OWNER/NAME on the hub)"
+
+
+def hub_snapshot(repo):
+    """Where Hugging Face's own cache has a model, if it does."""
+    cache = os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
+    hub = os.environ.get("HF_HUB_CACHE", Path(os.environ.get("HF_HOME", Path(cache, "huggingface")), "hub"))
+    folder = Path(hub, f"models--{repo.replace('/', '--')}")
+    main = folder / "refs/main"
+    return folder / "snapshots" / (main.read_text(encoding="utf-8").strip() if main.exists() else "none")
+
+
+def fetch(name, repo, folder, weights):
+    """Download the files that a folder lacks. Weights come last: where they are, the rest is."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in "config.json", "generation_config.json", *TOKENIZER, *(WEIGHTS if weights else ()):
+            if not (folder / file).exists() and not (file in WEIGHTS and is_complete(folder, weights)):
+                download(repo, folder / file)
+            if file == "config.json" and (folder / file).exists():
+                read_config(folder)  # before much is downloaded
+    except (OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)  # of a URLError
+        reason = getattr(reason, "strerror", None) or reason
+        raise OSError(f"{name} is not cached and cannot be downloaded ({reason}): connect, or name a checkpoint "
+                      "folder such as tiny") from None
+
+
+def download(repo, path):
+    """Download a file of a model, if the model has it. What breaks off leaves nothing behind."""
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")  # its own, if several download at once
+    try:
+        with urllib.request.urlopen(f"{endpoint}/{repo}/resolve/main/{path.name}", timeout=30) as reply:
+            size, done = int(reply.headers["Content-Length"] or 0), 0
+            with open(part, "wb") as file:
+                while data := reply.read(1 << 22):
+                    done += file.write(data)
+                    if sys.stderr.isatty() and size:
+                        print(f"{path.name}: {done / size:.0%} of {size:,} bytes", end="\r", file=sys.stderr)
+        if size and done != size:
+            raise OSError(f"{path.name}: {done:,} of {size:,} bytes came; try again")
+        if path.suffix == ".json":
+            json.loads(part.read_bytes())  # a log-in page is none
+        os.replace(part, path)
+    except urllib.error.HTTPError as error:
+        if error.code != 404:
+            raise OSError(f"{path.name}: {error}") from None
+    except ValueError:
+        raise OSError(f"{path.name}: this is not what the hub sends") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+# --- devices and dtypes ---
 
 
 def pick_device(name="auto", local_rank=0):
@@ -476,112 +478,29 @@ def pick_device(name="auto", local_rank=0):
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"--device {name} cannot be used here ({reason}): without the flag, the best one "
-                         "there is") from None
+        raise ValueError(f"--device {name} cannot be used here ({reason}): leave it out") from None
     return device
 
 
-def pick_dtype(name, device):
-    """The torch.dtype of a --dtype flag for the matrix products of training.
-
-    auto: bfloat16 where the hardware multiplies in it; elsewhere it would only be emulated, slowly.
-    """
+def pick_dtype(name, device, sampling=False):
+    """The torch.dtype of a --dtype flag. "auto" is what is fastest here for training, or for sampling."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        cpu = torch.cpu
-        fast = device.type == "cpu" and (cpu._is_amx_tile_supported() or cpu._is_avx512_bf16_supported())
-    return torch.bfloat16 if fast else torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if device.type != "cpu":
+        return torch.float32
+    has_bfloat16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    if sampling:  # waits for the weights to be read from memory, so half the bytes take half the time
+        return torch.bfloat16 if has_bfloat16 else torch.float16
+    # Not every CPU that can multiply in bfloat16 is faster with it.
+    return min([torch.float32] + [torch.bfloat16] * has_bfloat16, key=product_seconds)
 
 
-def sampling_dtype(name, device, single_rows):
-    """The torch.dtype to move a model to before generate, for a --dtype flag.
-
-    auto: as in pick_dtype. But where generate computes single rows (one sequence, a short prompt, not past
-    the context window), a CPU waits for the weights to be read, not for products: half the bytes take half
-    the time, also without hardware for bfloat16; there, float16 is the faster one.
-    """
-    dtype = pick_dtype(name, device)
-    if name == "auto" and device.type == "cpu" and single_rows and dtype == torch.float32:
-        return torch.float16
-    return dtype
-
-
-class Machine:
-    """The device of this process, and the other processes, if torchrun started several."""
-
-    def __init__(self, args):
-        self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.device = pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
-        self.dtype = pick_dtype(args.dtype, self.device)
-        self.signals = []
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-        if self.world_size > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
-        torch.set_float32_matmul_precision("high")
-
-    def autocast(self):
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-
-    def say(self, text):
-        if text and self.rank == 0:
-            print(text, flush=True)
-
-    def progress(self, what):
-        """A function that shows on a terminal how much of what is done; the next line takes its place."""
-        if self.rank > 0 or not sys.stderr.isatty():
-            return lambda part: None
-        return lambda part: print(f"{what}: {part:.0%}\033[K", end="\r", file=sys.stderr, flush=True)
-
-    def share(self, rows):
-        """This process's share of the rows of a batch."""
-        return rows.tensor_split(self.world_size)[self.rank]
-
-    def once(self, function):
-        """What function returns, or the error it raises, called in the first process alone."""
-        result, error = None, None
-        if self.rank == 0:
-            try:
-                result = function()
-            except (OSError, ValueError) as raised:
-                error = raised
-        if self.world_size > 1:
-            told = [result, error]
-            dist.broadcast_object_list(told, 0)
-            result, error = told
-        if error:
-            raise error
-        return result
-
-    def first(self, function):
-        """What function returns, called in the first process before the others: it fills their caches."""
-        mine = []
-        self.once(lambda: mine.append(function()))
-        return mine[0] if mine else function()
-
-    def sum(self, tensor):
-        """The sum of a tensor over all processes, in its place."""
-        if self.world_size > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
-    @contextlib.contextmanager
-    def noting_signals(self):
-        """Ctrl-C and SIGTERM are noted, to end the run between two steps; a second one ends it at once."""
-        def note(signum, frame):
-            self.signals.append(signum)
-            if self.rank == 0:  # by the system's call: what is interrupted may be a print
-                os.write(2, b"\nstopping after this step; once more: at once, at the last save\n")
-            signal.signal(signum, before[signum])
-
-        before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
-        yield
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-
-    def stop_requested(self):
-        """Whether a signal came to any of the processes: they stop at the same step."""
-        return self.sum(torch.tensor(len(self.signals))).item() > 0
+def product_seconds(dtype):
+    a, b, times = torch.ones(512, 768, dtype=dtype), torch.ones(768, 3072, dtype=dtype), []
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - start)
+    return min(times)

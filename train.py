@@ -2,551 +2,515 @@
 Finetune GPT-2 with Power-Law Decay Loss.
 
     python train.py --alpha 0.5                           # on a GPU if there is one, else on the CPU
-    python train.py --alpha 0 0.25 0.5 --data my.txt      # a run each, and a table that says which to take
+    python train.py --alpha 0 0.25 0.5 --data my.txt      # a run for each alpha, and a table of all
     torchrun --standalone --nproc_per_node=2 train.py     # the same batches, on two devices
 
-The best weights by held-out cross-entropy go to out/, a Hugging Face folder, with log.jsonl and report.json.
-Batches and counts come from count.py, the loss from pdl.py, the model from model.py; sample.py judges it.
+The best weights go to out/, a checkpoint folder that sample.py and Transformers open. finetune() tells the story
+of a run. The loss is in pdl.py, the network in model.py, and count.py makes the batches.
 """
 
 import argparse
-import contextlib
 import hashlib
 import json
 import math
 import os
 import re
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import count
-import sample
-from count import at_least
-from model import GPT, GPTConfig, Machine, checkpoint_folder, load_state, replace
+from count import BANDS, at_least
+from model import GPT, TOKENIZER, checkpoint_folder, load_state, pick_device, pick_dtype, read_weights
+from model import replace, write_json
 from pdl import linear_pdl_loss, pdl_weights, token_weights
+from sample import shift, write
 
-TINY = Path(__file__).parent / "tiny"  # a small pretrained checkpoint, so that all of this runs offline
-
-
-# --- a run in outline ---
+TINY = Path(__file__).parent / "tiny"  # a small pretrained model, so that all of this runs offline
+# torchrun starts several processes. They share the work, and rank 0 alone prints and writes files.
+RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 
 def main():
     args = parse_args()
-    machine = Machine(args)
-    out, series = Path(args.out_dir), len(args.alpha) > 1
-    folders = [out / f"alpha-{alpha:g}" if series else out for alpha in args.alpha]
-    locked = []  # for as long as this process lives
-    machine.once(lambda: locked.append(claim(out, args.resume)))
-    source, note = None, None
-    if not all(is_run(folder) for folder in folders):
-        source, note = machine.once(lambda: find_model(args))
-        machine.say(note)
-        # For --resume: what is left of a series starts from the same.
-        args.init_from = args.init_from or (str(TINY) if note else "gpt2")
-    reports, flags = [], "" if out == Path("out") else f" --init_from {out}"
-    for alpha, folder in zip(args.alpha, folders):
-        report = finetune(args, alpha, folder, source, machine)
-        if report is None:
-            break
-        reports.append(report)
-        if machine.rank == 0:
-            print("", sample.table_of_run(report), "", sample.in_words(report), sep="\n")
-            print(sample.which_weights(report, folder) + "\n")
-    else:
-        if series and machine.rank == 0:
-            alpha, shift, why = sample.what_to_take(reports)
-            print(sample.table_of_series(reports), why + "\n", sep="\n")
-            folder = out / f"alpha-{alpha}"
-            flags = f" --init_from {folder}"
-            flags += f" --counts {folder / 'counts.npy'} --shift {shift}" if shift else ""
-        machine.say(f"now: python sample.py{flags}")
-        machine.say(note and "NOTE: this was tiny/, not gpt2")
-    if machine.world_size > 1:
+    device = pick_device(args.device, LOCAL_RANK)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if WORLD_SIZE > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    torch.set_float32_matmul_precision("high")
+    note = choose_model(args, device)
+    say(note)
+    tokenizer = count.load_tokenizer(args.init_from)
+    corpus = count.load_corpus(args.data, tokenizer, args.block_size)
+    if args.counts:
+        corpus.freq = count.load_counts(args.counts, tokenizer.n_vocab)
+
+    reports, flags = [], "" if args.out_dir == "out" else f" --out_dir {quote(args.out_dir)}"
+    try:
+        for alpha in args.alpha:
+            folder = Path(args.out_dir, f"alpha-{alpha:g}" if len(args.alpha) > 1 else "")
+            reports.append(finetune(args, alpha, folder, device, tokenizer, corpus))
+            say(table_of_run(reports[-1]))
+    except KeyboardInterrupt:
+        say(f"\nstopped. To go on from the last save: python train.py --resume{flags}")
+        raise
+    if len(reports) > 1:
+        say(table_of_series(reports))
+    say("now: python sample.py" + ("" if str(folder) == "out" else f" --init_from {quote(folder)}"))
+    say(note)
+    if WORLD_SIZE > 1:
         dist.destroy_process_group()
-    if report is None:
-        raise KeyboardInterrupt  # so that nothing that waits for the run takes it for finished
 
 
-def finetune(args, alpha, folder, source, machine):
-    """One run, from the weights in source, or from where it was stopped, to its report, or None."""
-    resuming = is_run(folder)
-    torch.manual_seed(args.seed)
-    model, tokenizer = load_model(args, folder if resuming else source, machine)
-    cache = Path(args.out_dir).parent / "token_cache"
-    corpus = machine.first(lambda: count.open_corpus(args.data, tokenizer, args.block_size, cache,
-                                                     count.show_speed()))
-    own = corpus.train_counts(tokenizer.n_vocab)
-    counts = find_counts(args, own, tokenizer, machine)
-    if args.learning_rate is None:
-        args.learning_rate = 3e-3 if sum(p.numel() for p in model.parameters()) < 1e7 else 3e-4
+def finetune(args, alpha, folder, device, tokenizer, corpus):
+    """One run, from the pretrained model or from its last save: returns its report."""
+    if report := finished(folder, args):
+        return report
+    resuming = args.resume and (folder / "resume.pt").exists()
+
+    # The model, and what to evaluate it with.
+    model = load_model(args, tokenizer, device)
     optimizer = make_optimizer(args, model)
-    run = Run(args, alpha, folder, machine, model, optimizer, tokenizer, corpus, counts, own)
+    final_weights = step_weights(args.max_iters, alpha, args, corpus, model)  # (V,)
+    shifts = {f"{x:g}": shift(corpus.freq, x) for x in args.alpha if alpha == 0 < x}  # (V,) each
+    same = {"data": corpus.digest(), "counts": hashlib.sha256(corpus.freq.tobytes()).hexdigest()}
+    step, before, best = 0, None, None  # before: the evaluation before training; best: that of the best weights
     if resuming:
-        run.resume()
-        if run.step >= args.max_iters and (folder / "report.json").exists():
-            machine.say(f"nothing left to do in {folder}/ after step {run.step}; for more: --max_iters N")
-            return json.loads((folder / "report.json").read_bytes())
-        if run.step > args.max_iters:
-            raise ValueError(f"--max_iters {args.max_iters}: {folder}/ is at step {run.step} already")
-    else:
-        run.start(source)
-    with machine.noting_signals():
-        if run.evaluated < run.step and run.step in (0, args.max_iters):
-            run.evaluate()
-        train(args, alpha, machine, model, optimizer, corpus, counts, run)
-    if run.step < args.max_iters:
-        run.save()
-    else:
-        with contextlib.suppress(KeyboardInterrupt):
-            return run.report()
-    processes = f"torchrun --standalone --nproc_per_node={machine.world_size}"
-    command = f"{processes if machine.world_size > 1 else 'python'} train.py --resume"
-    machine.say(f"stopped at step {run.step}; {folder}/ has the weights of step {run.after['iter']}; "
-                f"to go on: {command}" + ("" if args.out_dir == "out" else f" --out_dir {args.out_dir}"))
+        step, before, best = resume(folder, args, model, optimizer, same)
+    elif RANK == 0:
+        claim(folder, args, corpus)
+    evaluated = step if resuming else None  # the step of the last evaluation
+    introduce(args, alpha, folder, device, model, corpus, step)
+    trained = torch.compile(model) if args.compile else model
+    if WORLD_SIZE > 1:
+        trained = DistributedDataParallel(trained)
+    clock = time.time(), step  # of the last log line
+
+    while True:
+        if step != evaluated and (step % args.eval_interval == 0 or step == args.max_iters):
+            result = {"iter": step} | evaluate(args, model, corpus, final_weights, device)
+            check_finite(result["val_ce"], step, folder)
+            say(f"step {step}: held-out cross-entropy {result['val_ce']:.4f}, PDL {result['val_pdl']:.4f}")
+            log(folder, iter=step, val_ce=result["val_ce"], val_pdl=result["val_pdl"])
+            before, evaluated = before or result, step
+            if step > 0 and (best is None or result["val_pdl"] < best["val_pdl"]):
+                best = result
+            save(folder, model, optimizer, step=step, before=before, best=best, **same)
+            clock = time.time(), step
+        if step == args.max_iters:
+            break
+
+        # Every rank draws the same batch, from the seed and the step. So however it is split, it is the same.
+        n = args.batch_size * args.gradient_accumulation_steps
+        x, y = map(torch.from_numpy, corpus.batch(np.random.default_rng((args.seed, step)), n))  # (n, T)
+        weights = step_weights(step, alpha, args, corpus, model)  # (V,)
+        total = token_weights(y, weights).sum().item()  # of the whole batch: a mean of means is another loss
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        torch.manual_seed(hash((args.seed, step, RANK)))  # for dropout
+        loss = torch.zeros((), device=device)
+        # This rank's rows, a micro-step at a time.
+        xs, ys = (rows.tensor_split(WORLD_SIZE)[RANK].split(args.batch_size) for rows in (x, y))
+        for i, (x, y) in enumerate(zip(xs, ys), 1):
+            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)  # (b, T)
+            if WORLD_SIZE > 1:
+                trained.require_backward_grad_sync = i == len(xs)
+            with autocast(args, device):
+                hidden = trained(x, return_hidden=True)  # (b, T, n_embd)
+                part = linear_pdl_loss(hidden, model.lm_head, y, weights, "sum") / total  # Eq. 5
+            (part * WORLD_SIZE).backward()  # DistributedDataParallel will average over the ranks
+            loss += part.detach()
+        if args.grad_clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        if step % args.log_interval == 0 or step in (1, args.max_iters):
+            clock = log_step(args, folder, step, all_sum(loss).item(), clock)
+
+    # The best weights, and what they write.
+    if WORLD_SIZE > 1:
+        dist.barrier()  # until rank 0 has written them
+    model.load_state_dict(read_weights(folder, model))
+    shifted = {x: evaluate(args, model, corpus, final_weights, device, bias) for x, bias in shifts.items()}
+    report = {"alpha": alpha, "args": vars(args), "before": before, "after": best, "shifted": shifted,
+              "sample": sample_text(args, model, tokenizer, corpus)}
+    if RANK == 0:
+        write_json(folder / "report.json", report)
+    return report
 
 
 # --- setting up ---
 
 
-def find_model(args):
-    """The folder to start from, and a note if it is not the one that was meant."""
-    if args.init_from == "scratch":
-        return count.tokenizer_folder(args.tokenizer), None
-    try:
-        return checkpoint_folder(args.init_from or "gpt2"), None
-    except OSError as error:
-        if args.init_from:
-            raise
-        why = str(error).partition(": connect")[0]
-        return TINY, f"NOTE: {why}; tiny/, 4 million parameters, takes its place"
+def choose_model(args, device):
+    """Find the model to start from and the dtype, on rank 0 for all. Returns a note if it is not gpt2."""
+    choice = [args.init_from or "gpt2", None, None]
+    if RANK == 0:
+        try:
+            folder = checkpoint_folder(choice[0])
+        except OSError as error:
+            if args.init_from:
+                raise
+            folder = choice[0] = str(TINY)
+            choice[1] = f"NOTE: {str(error).partition(': connect')[0]}; tiny/ (4M parameters) takes its place"
+        choice[2] = str(pick_dtype(args.dtype, device)).removeprefix("torch.")
+    if WORLD_SIZE > 1:
+        dist.broadcast_object_list(choice)
+    args.init_from, note, args.dtype = choice
+    return note
 
 
-def load_model(args, folder, machine):
-    """The model, on its device, and its tokenizer."""
-    tokenizer = count.load_tokenizer(folder)
-    if args.init_from == "scratch" and not is_run(folder):
-        model = GPT(GPTConfig(tokenizer.n_vocab, args.block_size, args.n_embd, args.n_layer, args.n_head,
-                              eos_token_id=tokenizer.eot_token))
-    else:
-        model = GPT.from_pretrained(folder)
-    vocab_size, window = model.config.vocab_size, model.config.n_positions
-    if vocab_size != tokenizer.n_vocab:
-        raise ValueError(f"{folder}: config.json says {vocab_size:,} tokens, its tokenizer has "
-                         f"{tokenizer.n_vocab:,}: they must be of one model")
-    if args.block_size > window:
-        raise ValueError(f"--block_size {args.block_size} is beyond the model's context window of {window}")
+def load_model(args, tokenizer, device):
+    model = GPT.from_pretrained(args.init_from)
+    config = model.config
+    if config.vocab_size < tokenizer.n_vocab:
+        raise ValueError(f"{args.init_from} has {config.vocab_size} tokens, its tokenizer {tokenizer.n_vocab}")
+    if args.block_size > config.n_positions:
+        raise ValueError(f"--block_size {args.block_size} is beyond the model's window of {config.n_positions}")
+    # Completions are trained to end with this token, so this is where Transformers shall stop, too.
+    for settings in vars(config), model.generation_config:
+        settings["eos_token_id"] = tokenizer.eot_token
     model.set_dropout(args.dropout)
     recompute = args.activation_checkpointing
-    model.activation_checkpointing = machine.device.type == "cpu" if recompute is None else recompute
-    return model.to(machine.device), tokenizer
-
-
-def find_counts(args, own, tokenizer, machine):
-    """freq(t) of Eq. 3, (V,): of --counts, else own, those of the training split."""
-    if not args.counts:
-        return own
-    counts, eot = count.load_counts(args.counts, tokenizer.n_vocab), tokenizer.eot_token
-    if counts[eot] == 0 < own[eot]:  # plain text has none, but every completion ends with one
-        counts[eot] = own[eot]
-        machine.say(f"--counts has no {count.END_OF_TEXT}: taken as often as in the data, {own[eot]:,} times")
-    return counts
+    model.activation_checkpointing = device.type == "cpu" if recompute is None else recompute
+    if args.learning_rate is None:
+        args.learning_rate = 3e-3 if sum(p.numel() for p in model.parameters()) < 1e7 else 3e-4
+    return model.to(device)
 
 
 def make_optimizer(args, model):
     matrices = [p for p in model.parameters() if p.dim() >= 2]
-    biases_and_gains = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": args.weight_decay},
-              {"params": biases_and_gains, "weight_decay": 0.0}]
-    if args.optimizer == "adafactor":
-        return torch.optim.Adafactor(groups, lr=args.learning_rate)
+    others = [p for p in model.parameters() if p.dim() < 2]  # biases and LayerNorm's gains do not decay
+    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
 
 
-# --- the loop ---
-
-
-def train(args, alpha, machine, model, optimizer, corpus, counts, run):
-    """Train from run.step to args.max_iters, or until a signal comes."""
-    trained = torch.compile(model) if args.compile else model
-    if machine.world_size > 1:
-        trained = DistributedDataParallel(trained)
-    model.train()
-    while run.step < args.max_iters and not machine.stop_requested():
-        # A global batch, drawn from seed and step alone: the same however it is split, and after a resume.
-        rng = np.random.default_rng((args.seed, run.step))
-        x, y = map(torch.from_numpy, corpus.batch(rng, args.batch_size * args.gradient_accumulation_steps))
-        weights = step_weights(run.step, alpha, counts, args)
-        # Each part of the batch is divided by the weight of the whole: a mean of means is another loss.
-        denominator = token_weights(y, weights).sum().item() or 1.0  # no target at all: no loss
-
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(run.step, args)
-        torch.manual_seed(hash((args.seed, run.step, machine.rank)))  # dropout's
-        loss = torch.zeros((), device=machine.device)
-        micro_x, micro_y = (machine.share(rows).split(args.batch_size) for rows in (x, y))
-        for i, (x, y) in enumerate(zip(micro_x, micro_y), 1):
-            if machine.world_size > 1:
-                trained.require_backward_grad_sync = i == len(micro_x)
-            x, y = x.to(machine.device, non_blocking=True), y.to(machine.device, non_blocking=True)
-            with machine.autocast():
-                hidden = trained(x, return_hidden=True)
-                part = linear_pdl_loss(hidden, model.lm_head, y, weights, reduction="sum")  # Eq. 5
-            # DistributedDataParallel takes the mean over the processes; the sum is wanted.
-            (part / denominator * machine.world_size).backward()
-            loss += part.detach() / denominator
-        if args.grad_clip:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-        run.step += 1
-        run.log(loss)
-        if run.step % args.eval_interval == 0 or run.step == args.max_iters:
-            run.evaluate()
-
-
-def step_weights(step, alpha, counts, args):
-    """w(t) of Eq. 3 at a step, (V,): the place for another weighting."""
-    if step < args.alpha_warmup_iters:
-        alpha *= step / args.alpha_warmup_iters
-    return pdl_weights(counts, alpha, args.eps, args.normalize)
+def step_weights(step, alpha, args, corpus, model):
+    """The weight of each token at a step: (V,). For another weighting than Eq. 3, change this function."""
+    if args.rising:
+        alpha *= step / args.max_iters
+    weights = pdl_weights(corpus.freq, alpha, args.eps)
+    return F.pad(weights, (0, model.config.vocab_size - len(weights)))  # rows of padding are never targets
 
 
 def learning_rate(step, args):
+    """Rises linearly over warmup_iters, then falls to a tenth along a cosine."""
     if step < args.warmup_iters:
         return args.learning_rate * (step + 1) / args.warmup_iters
     progress = (step - args.warmup_iters) / max(1, args.max_iters - args.warmup_iters)
     return args.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
 
-# --- what a run says and leaves in its folder ---
+def autocast(args, device):
+    return torch.autocast(device.type, getattr(torch, args.dtype), enabled=args.dtype != "float32")
 
 
-def is_run(folder):
-    return (folder / "resume.pt").exists()
+def all_sum(tensor):
+    """The sum of a tensor over all ranks, in its place."""
+    if WORLD_SIZE > 1:
+        dist.all_reduce(tensor)
+    return tensor
 
 
-def claim(folder, resume):
-    """Keep a second process out of the folder for as long as this one lives, however it ends: an open file.
+# --- evaluation ---
 
-    Raises ValueError for a folder that is in use or, unless a run is to be resumed, holds a run or a model.
+
+@torch.no_grad()
+def evaluate(args, model, corpus, weights, device, logit_bias=None):
+    """How well held-out text is predicted, in all and by the frequency band of the target.
+
+    At most eval_iters batches, spread evenly. val_ce is plain cross-entropy in nats. val_pdl is the loss that is
+    trained: Eq. 5 over the sum of the weights. A band without targets is left out.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--out_dir {folder} is a file: name a folder")
+    n = args.eval_iters * args.batch_size * args.gradient_accumulation_steps
+    rows = np.unique(np.linspace(0, len(corpus.held_out) - 1, n).astype(int))[RANK::WORLD_SIZE]
+    bands = torch.from_numpy(corpus.bands)
+    # By band: targets, their cross-entropy, right predictions, their weights, their weighted cross-entropy.
+    sums = torch.zeros(5, 3, dtype=torch.float64)
+    model.eval()
+    for i in range(0, len(rows), args.batch_size):
+        x, y = map(torch.from_numpy, corpus.held_out_batch(rows[i : i + args.batch_size]))  # (b, T) each
+        with autocast(args, device):
+            hidden = model(x.to(device), return_hidden=True)[y.to(device) != -100]  # (targets, n_embd)
+            for h, t in zip(hidden.split(512), y[y != -100].split(512)):  # all logits at once take much memory
+                logits = F.linear(h, model.lm_head).float()  # (512, V)
+                if logit_bias is not None:
+                    logits[:, : len(logit_bias)] += logit_bias.to(device)
+                ce = F.cross_entropy(logits, t.to(device), reduction="none").cpu().double()
+                right, w = logits.argmax(-1).cpu() == t, weights[t].double()
+                sums.index_add_(1, bands[t], torch.stack((torch.ones_like(ce), ce, right.double(), w, w * ce)))
+    model.train()
+    n, ce, right, w, w_ce = all_sum(sums)  # (3,) each
+    by_band = {"ce_by_band": ce / n, "accuracy_by_band": right / n, "share_of_text": n / n.sum(),
+               "share_of_weight": w / w.sum()}
+    return {"val_ce": (ce.sum() / n.sum()).item(), "val_pdl": (w_ce.sum() / w.sum()).item(),
+            "accuracy": (right.sum() / n.sum()).item()} | {
+        name: {band: x for band, x, any_target in zip(BANDS, values.tolist(), n) if any_target}
+        for name, values in by_band.items()}
+
+
+def sample_text(args, model, tokenizer, corpus):
+    """A held-out prompt, what the model writes after it, and what the author wrote."""
+    prompt, author = corpus.example
+    length = min(100, model.config.n_positions - len(prompt))
+    with autocast(args, model.lm_head.device):
+        (written,) = write(model, tokenizer, prompt, length, seed=args.seed, temperature=0.7)
+    texts = {"prompt": prompt, "model": written, "author": author[:length]}
+    return {name: tokenizer.decode(tokens) for name, tokens in texts.items()}
+
+
+# --- what a run says ---
+
+
+def say(text):
+    if text and RANK == 0:
+        print(text, flush=True)
+
+
+def introduce(args, alpha, folder, device, model, corpus, step):
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    ranks = f", {WORLD_SIZE} processes" if WORLD_SIZE > 1 else ""
+    n = args.batch_size * args.gradient_accumulation_steps
+    say(f"model: {Path(args.init_from).name}, {size:.1f}M parameters, {device.type}, {args.dtype}{ranks}\n"
+        f"data:  {corpus.description}\n"
+        f"loss:  PDL, alpha {'rising from 0 to ' * args.rising}{alpha:g}, eps {args.eps:g}\n"
+        f"run:   {args.max_iters} steps of {n} x {args.block_size} tokens, learning rate {args.learning_rate:g}, "
+        f"into {folder}/" + f"\nresuming at step {step}" * (step > 0))
+
+
+def log_step(args, folder, step, loss, clock):
+    """Show and log the loss and the speed since the last line."""
+    check_finite(loss, step, folder)
+    since, last = clock
+    seconds = (time.time() - since) / (step - last)
+    speed = args.batch_size * args.gradient_accumulation_steps * args.block_size / seconds
+    left = int(seconds * (args.max_iters - step))
+    say(f"step {step}: loss {loss:.4f}, {seconds * 1000:.0f} ms, {speed:,.0f} tok/s, "
+        f"{left // 60}:{left % 60:02} left")
+    log(folder, iter=step, loss=loss, lr=learning_rate(step - 1, args), tok_per_s=speed)
+    return time.time(), step
+
+
+def log(folder, **entry):
+    if RANK == 0:
+        with open(folder / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def check_finite(loss, step, folder):
+    if not math.isfinite(loss):
+        raise ValueError(f"the loss became NaN or infinite at step {step}; {folder}/ keeps the last save. Start "
+                         "again with a lower --learning_rate and another --out_dir")
+
+
+def table_of_run(report):
+    """What finetuning did to the prediction of held-out text, and a sample."""
+    before, after = report["before"], report["after"]
+    lines = ["", "held-out targets   share of  share of       cross-entropy, nats         top-1 accuracy",
+             "                       text    weight     before    after    change      before    after"]
+    for band in (*before["ce_by_band"], "all"):
+        shares = [before[name].get(band, 1) for name in ("share_of_text", "share_of_weight")]
+        ce = [result["ce_by_band"].get(band, result["val_ce"]) for result in (before, after)]
+        accuracy = [result["accuracy_by_band"].get(band, result["accuracy"]) for result in (before, after)]
+        lines.append(f"{band:<18}{shares[0]:9.1%}{shares[1]:10.1%}   {ce[0]:8.3f}{ce[1]:9.3f}"
+                     f"{ce[1] - ce[0]:+10.3f}   {accuracy[0]:9.1%}{accuracy[1]:9.1%}")
+    lines.append(f"These are the weights of step {after['iter']}, the best by held-out PDL.")
+    sample = report["sample"]
+    lines += ["", "--- a held-out prompt ---", sample["prompt"], "--- the model goes on ---", sample["model"],
+              "--- the author went on ---", sample["author"], "---"]
+    return "\n".join(lines)
+
+
+def table_of_series(reports):
+    """The runs side by side. A shift is the run at alpha 0 with shifted logits, without more training."""
+    rows = {"before": reports[0]["before"]}
+    for report in reports:
+        rows[f"{report['alpha']:g}"] = report["after"]
+        rows |= {f"0, shift {x}": result for x, result in report["shifted"].items()}
+    lines = ["                    held-out cross-entropy, nats          top-1 accuracy",
+             "alpha               all  frequent    middle      rare         all      rare"]
+    for name, result in rows.items():
+        ce = [result["val_ce"], *(result["ce_by_band"].get(band, math.nan) for band in BANDS)]
+        accuracy = result["accuracy"], result["accuracy_by_band"].get("rare", math.nan)
+        lines.append(f"{name:13}" + "".join(f"{x:10.3f}" for x in ce) + "  "
+                     + "".join(f"{x:10.1%}" for x in accuracy))
+    return "\n".join(lines)
+
+
+# --- saving and resuming ---
+
+
+def claim(folder, args, corpus):
+    """Make a folder this run's own, by creating its args.json, and put in what does not change in training."""
     folder.mkdir(parents=True, exist_ok=True)
-    for path in (folder, *folder.glob("alpha-*")):
-        model = (path / "config.json").exists() and not (path / "args.json").exists()
-        if (is_run(path) or model) and not resume:
-            raise ValueError(f"{path}/ holds a run or a model: --resume it, or name another --out_dir")
-    file = open(folder / ".lock", "w", encoding="utf-8")
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise ValueError(f"{folder}/ is in use by another train.py: name another --out_dir") from None
-    return file
+    if not (args.resume and (folder / "args.json").exists()):  # a run that was stopped before its first save
+        try:
+            with open(folder / "args.json", "x", encoding="utf-8") as file:  # only one process can create it
+                json.dump(flags_of(args), file, indent=2)
+        except FileExistsError:
+            raise not_empty(folder) from None
+    (folder / "log.jsonl").unlink(missing_ok=True)
+    source = checkpoint_folder(args.init_from)
+    for name in TOKENIZER:
+        if (source / name).exists():
+            content = (source / name).read_bytes()
+            replace(folder / name, lambda path: path.write_bytes(content))
+    replace(folder / "counts.npy", lambda path: count.write_counts(path, corpus.freq))
 
 
-def write_json(path, content):
-    replace(path, lambda part: part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
+def not_empty(folder):
+    return ValueError(f"--out_dir {folder} is not an empty folder: --resume its run, or name another --out_dir")
 
 
-class Run:
-    """A run and its folder: what it logs, its best weights, and resume.pt, from which it goes on."""
+def save(folder, model, optimizer, **state):
+    """Write resume.pt, then the weights if they are the best. A kill between the two is mended by resume."""
+    if RANK == 0:
+        state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                  "log_bytes": (folder / "log.jsonl").stat().st_size}
+        replace(folder / "resume.pt", lambda path: torch.save(state, path))
+        save_best(folder, model, state)
 
-    def __init__(self, args, alpha, folder, machine, model, optimizer, tokenizer, corpus, counts, own):
-        self.args, self.alpha, self.folder, self.machine = args, alpha, folder, machine
-        self.model, self.optimizer, self.tokenizer = model, optimizer, tokenizer
-        self.corpus, self.counts, self.own = corpus, counts, own  # own: counts of the training split
-        self.bands = count.frequency_bands(counts)
-        self.weights = pdl_weights(counts, alpha, args.eps, args.normalize)
-        self.global_batch = args.batch_size * args.gradient_accumulation_steps
-        self.windows = corpus.held_out(self.global_batch * args.eval_iters)
-        self.step, self.evaluated, self.best, self.before, self.after = 0, -1, float("inf"), None, None
-        self.since, self.logged, self.evaluation_seconds = time.time(), 0, 0.0
-        self.same = {"data": corpus.fingerprint(), "counts": hashlib.sha256(counts.tobytes()).hexdigest()}
 
-    def start(self, source):
-        """Tell what will be done, and put into the folder what does not change."""
-        self.introduce(source)
-        if self.machine.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for name in "report.json", "log.jsonl":  # of a run that ended before its first evaluation
-                (self.folder / name).unlink(missing_ok=True)
-            for name in count.TOKENIZER_FILES:
-                if (source / name).exists():
-                    content = (source / name).read_bytes()
-                    replace(self.folder / name, lambda part: part.write_bytes(content))
-            replace(self.folder / "counts.npy", lambda part: count.write_counts(part, self.counts))
-            write_json(self.folder / "args.json", vars(self.args))
-            self.model.save_pretrained(self.folder)  # a checkpoint from the first moment
+def save_best(folder, model, state):
+    if state["best"] is None or state["best"]["iter"] == state["step"]:
+        model.save_pretrained(folder)
 
-    def resume(self):
-        """Go on from resume.pt. Raises ValueError if text or counts are not what they were."""
-        state = load_state(self.folder / "resume.pt")
-        for name, digest in self.same.items():
-            if state["same"][name] != digest:
-                raise ValueError(f"--resume: the {name} are not those of the run in {self.folder}/: give "
-                                 "what it had, or start a run in another --out_dir")
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        for name in "step", "evaluated", "best", "before", "after":
-            setattr(self, name, state.get(name, getattr(self, name)))
-        self.logged = self.step
-        self.introduce(self.folder)
-        self.machine.say(f"resuming at step {self.step}")
-        if self.machine.rank == 0 and self.step < self.args.max_iters:
-            (self.folder / "report.json").unlink(missing_ok=True)
-            kept, log = [], self.folder / "log.jsonl"
-            for line in log.read_text(encoding="utf-8").splitlines(keepends=True):
-                with contextlib.suppress(ValueError):  # a process that was killed may leave half a line
-                    if json.loads(line)["iter"] <= self.step:
-                        kept.append(line)
-            replace(log, lambda part: part.write_text("".join(kept), encoding="utf-8"))
-            write_json(self.folder / "args.json", vars(self.args))
-        reported = (self.folder / "report.json").exists()
-        if self.machine.rank == 0 and self.after["iter"] == self.step and not reported:
-            self.model.save_pretrained(self.folder)  # it may have been killed just before it did that
 
-    def introduce(self, source):
-        """The first screen: the model, the data, the loss, the length of the run."""
-        args, machine, say = self.args, self.machine, self.machine.say
-        size = sum(p.numel() for p in self.model.parameters()) / 1e6
-        mass = self.own * self.weights.double().numpy()
-        of_text, self.share_of_weight = (
-            {name: share[self.bands == i].sum() / share.sum() for i, name in enumerate(count.BANDS)}
-            for share in (self.own, mass)
-        )
-        dtype = str(machine.dtype).removeprefix("torch.")
-        processes = f", {machine.world_size} processes" if machine.world_size > 1 else ""
-        say(f"model: {Path(source).name}, {size:.1f}M parameters, {machine.device.type}, {dtype}{processes}")
-        of, n = len(self.corpus.windows), len(self.windows)
-        evaluated = f", {n:,} of {of:,} sequences of that evaluated (--eval_iters)" if n < of else ""
-        say(f"data:  {self.corpus.description}{evaluated}")
-        frequent, rare = (f"{of_text[name]:.0%} of the text, {self.share_of_weight[name]:.0%} of the weight"
-                          for name in ("frequent", "rare"))
-        over = f" (rising, over {args.alpha_warmup_iters} steps)" * (args.alpha_warmup_iters > 0)
-        say(f"loss:  PDL, alpha {self.alpha:g}{over}, eps {args.eps:g}; frequent tokens: {frequent}; rare: "
-            f"{rare}")
-        size = f"{self.global_batch} x {args.block_size}"
-        say(f"run:   {args.max_iters} steps of {size} tokens, learning rate {args.learning_rate:g}, into "
-            f"{self.folder}/")
-        if returns := self.own[self.tokenizer.encode_single_token(b"\r")]:
-            say(f"NOTE: the text has \\r, as in line ends of Windows, {returns:,} times: convert it, or the "
-                "model learns to write it")
-        uncounted = np.flatnonzero((self.counts == 0) & (mass > 0))
-        if len(uncounted) and self.alpha:
-            heaviest = uncounted[np.argsort(-mass[uncounted])][:3]
-            names = ", ".join(repr(self.tokenizer.decode([i])) for i in heaviest)
-            say(f"WARNING: {mass[uncounted].sum() / mass.sum():.1%} of the weight is on {len(uncounted):,} "
-                f"tokens of the data that --counts lacks, most on {names} (each weighs eps^-alpha = "
-                f"{args.eps ** -self.alpha:,.0f}): add counts of the data to --counts"
-                + ("" if args.normalize or args.eps >= 1 else ", or use --eps 1"))
+def resume(folder, args, model, optimizer, same):
+    """Go on from resume.pt: the step, and the evaluations before training and of the best weights."""
+    state = load_state(folder / "resume.pt")
+    for name, digest in same.items():
+        if state.get(name) != digest:
+            raise ValueError(f"--resume: the {name} are not those that the run in {folder} had")
+    if state["step"] > args.max_iters:
+        raise ValueError(f"--max_iters {args.max_iters}: the run in {folder} is at step {state['step']} already")
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    if RANK == 0:
+        os.truncate(folder / "log.jsonl", state["log_bytes"])  # what came after the save is trained again
+        (folder / "report.json").unlink(missing_ok=True)
+        write_json(folder / "args.json", flags_of(args))
+        save_best(folder, model, state)
+    return state["step"], state["before"], state["best"]
 
-    def log(self, loss):
-        """After a step: its loss, summed over the processes, the speed, the time left."""
-        args = self.args
-        if self.step % args.log_interval and self.step not in (1, args.max_iters):
-            return
-        loss = self.machine.sum(loss).item()
-        self.check_finite(loss)
-        seconds = (time.time() - self.since) / (self.step - self.logged)
-        speed = self.global_batch * args.block_size / seconds
-        evaluations = math.ceil(args.max_iters / args.eval_interval) - self.step // args.eval_interval
-        left = int(seconds * (args.max_iters - self.step) + self.evaluation_seconds * evaluations)
-        self.machine.say(f"step {self.step}: loss {loss:.4f}, {seconds * 1000:.0f} ms, {speed:,.0f} tok/s, "
-                         f"{left // 60}:{left % 60:02} left")
-        self.write_log(iter=self.step, loss=loss, lr=learning_rate(self.step - 1, args), tok_per_s=speed)
-        self.since, self.logged = time.time(), self.step
 
-    def predict(self, logit_bias=None):
-        """How well held-out text is predicted, as summarize has it; each process takes its share."""
-        machine = self.machine
-        windows = self.windows[machine.rank :: machine.world_size]
-        scores = sample.evaluate(self.model, self.corpus, windows, self.args.batch_size, machine.autocast(),
-                                 machine.progress("evaluating"), logit_bias)
-        for total in scores:
-            machine.sum(total)
-        return sample.summarize(scores, self.weights, self.counts, self.bands, self.tokenizer)
-
-    def evaluate(self):
-        """Predict held-out text; keep the weights if they are the best; save."""
-        machine, start = self.machine, time.time()
-        result, self.evaluated = self.predict() | {"iter": self.step}, self.step
-        left_out = f" (without {result['uncounted']:,} targets that were never counted)"
-        ce, pdl = result["val_ce"], result["val_pdl"]
-        machine.say(f"step {self.step}: held-out cross-entropy {ce:.4f}, PDL {pdl:.4f}"
-                    + left_out * (self.before is None and result["uncounted"] > 0))
-        self.write_log(iter=self.step, val_ce=ce, val_pdl=pdl)
-        self.check_finite(ce)
-        self.before = self.before or result
-        if ce < self.best:
-            self.best, self.after = ce if self.step else float("inf"), result  # what it starts from is none
-        self.save()
-        if self.after is result and self.step and machine.rank == 0:
-            self.model.save_pretrained(self.folder)  # after resume.pt, from which it can be made again
-        self.evaluation_seconds = time.time() - start
-        self.since += self.evaluation_seconds  # the log shows the speed of training
-
-    def save(self):
-        """Write resume.pt, unless a weight is no number: what is there is better then."""
-        if self.machine.rank == 0:
-            self.check_finite(sum(p.detach().sum().item() for p in self.model.parameters()))
-            state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                     "step": self.step, "evaluated": self.evaluated, "best": self.best,
-                     "before": self.before, "after": self.after, "same": self.same}
-            replace(self.folder / "resume.pt", lambda part: torch.save(state, part))
-
-    def check_finite(self, number):
-        if not math.isfinite(number):
-            raise ValueError(f"the loss is no number any more at step {self.step}; {self.folder}/ keeps what "
-                             "was good. Try a lower --learning_rate, or a larger --eps")
-
-    def write_log(self, **entry):
-        if self.machine.rank == 0:
-            with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
-                print(json.dumps(entry), file=file)
-
-    def report(self):
-        """Judge the best weights, and write report.json; in other processes than the first, {}."""
-        self.optimizer.state.clear()  # makes room
-        self.machine.first(lambda: self.model.load_weights(self.folder))  # once the first has written them
-        shifted = {}
-        if self.alpha == 0:
-            for alpha in sorted(self.args.alpha)[1:]:  # what the others do, without training for it
-                self.machine.say(f"evaluating with a shift of {alpha:g} ...")
-                shifted[f"{alpha:g}"] = self.predict(sample.shift(self.counts, alpha).to(self.machine.device))
-        if self.machine.rank > 0:
-            return {}
-        with self.machine.autocast():
-            written = sample.judge_text(self.model, self.corpus, self.windows, self.bands, self.tokenizer,
-                                        self.args.seed, self.machine.say)
-        report = {"alpha": self.alpha, "args": vars(self.args), "share_of_weight": self.share_of_weight,
-                  "before": self.before, "after": self.after, "shifted": shifted} | written
-        write_json(self.folder / "report.json", report)
+def finished(folder, args):
+    """The report of a run that needs no more steps, or None."""
+    path = folder / "report.json"
+    report = json.loads(path.read_bytes()) if args.resume and path.exists() else None
+    if report and report["args"]["max_iters"] == args.max_iters:
+        say(f"{folder}/ is finished; to train on, give --resume and a larger --max_iters")
         return report
+
+
+def flags_of(args):
+    """What args.json keeps."""
+    return {name: value for name, value in vars(args).items() if name not in ("out_dir", "resume")}
 
 
 # --- flags ---
 
 
-def parse_args():
+def make_parser():
     p = count.ArgumentParser(description="Finetune GPT-2 with Power-Law Decay Loss (arXiv 2505.16900).")
-    flag, not_negative, positive = p.flag, at_least(0, float), at_least(1)
-    flag("alpha", [0.5], "strength of the decay; 0: plain cross-entropy; several: a run each", not_negative,
-         nargs="+")
-    flag("eps", 1e-6, "added to every count, Eq. 3", not_negative)
-    p.add_argument("--normalize", action="store_true", help="probabilities instead of raw counts in Eq. 3")
-    flag("alpha_warmup_iters", 0, "raise alpha linearly from 0 over this many steps; best over all of them",
-         at_least(0))
-    flag("counts", None, "token counts from count.py, added up, each scaled if so asked (default: those of "
-         "the training split)", nargs="+", metavar="FILE[:SCALE]")
-
-    flag("data", None, "UTF-8 text, or .jsonl with a prompt and a completion a line, .gz or not (default: "
-         "the Python language reference that comes with Python)")
-    flag("init_from", None, "gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, a folder, or scratch "
-         "(default: gpt2, or tiny/ if that cannot be had)")
-    flag("tokenizer", None, "with --init_from scratch: the folder whose tokenizer to use")
-    flag("n_layer", 4, "with --init_from scratch", positive)
-    flag("n_head", 4, "with --init_from scratch", positive)
-    flag("n_embd", 256, "with --init_from scratch", positive)
-    flag("dropout", 0.0, "in training", at_least(0, float, below=1))
-
-    flag("max_iters", 300, "optimizer steps", positive)
-    flag("batch_size", 16, "sequences in a micro-step", positive)
-    flag("block_size", 256, "tokens in a sequence", at_least(8))
-    flag("gradient_accumulation_steps", 1, "micro-steps in a step, of all processes together", positive)
-    flag("learning_rate", None, "its peak, after --warmup_iters; a cosine takes it to a tenth (default: "
-         "3e-4, or 3e-3 for a model of less than ten million parameters, such as tiny/)", not_negative)
-    flag("optimizer", "adamw", "adafactor: half the memory, and a --learning_rate ten times as large, as it "
-         "is relative to the weights", choices=["adamw", "adafactor"])
-    flag("warmup_iters", 10, "steps over which the learning rate rises", at_least(0))
-    flag("weight_decay", 0.1, "of matrices; biases and gains do not decay", not_negative)
-    flag("grad_clip", 1.0, "largest norm of the gradient; 0 for none", not_negative)
-    flag("eval_interval", 50, "steps between evaluations and saves", positive)
-    flag("eval_iters", 20, "batches of held-out text in an evaluation", positive)
-    flag("log_interval", 10, "steps between log lines", positive)
-    flag("seed", 1337, "of batches, dropout and samples", at_least(0, below=2**63))
-
-    flag("out_dir", "out", "where the run goes; of several alphas, a folder each in there")
+    positive, not_negative = at_least(1), at_least(0, float)
+    p.flag("alpha", [0.5], "strength of the decay; 0: cross-entropy; several: a run each", not_negative, nargs="+")
+    p.add_argument("--rising", action="store_true", help="let alpha rise from 0 to its value over the run")
+    p.flag("eps", 1.0, "added to every count (Eq. 3)", not_negative)
+    p.flag("counts", None, "token counts from count.py, added up (default: those of the training text)",
+           nargs="+", action="extend", metavar="FILE.npy[:SCALE]")
+    p.flag("data", None, "UTF-8 text, or JSON Lines with pairs or documents; - is standard input (default: "
+           "Python's language reference)", nargs="+", action="extend", metavar="FILE")
+    p.flag("init_from", None, "a released GPT-2, OWNER/NAME on the hub, or a checkpoint folder (default: gpt2, "
+           "or tiny/ if that cannot be had)")
+    p.flag("out_dir", "out", "a new folder for the run")
     p.add_argument("--resume", action="store_true", help="go on with the run in --out_dir, with its flags")
-    flag("device", "auto", "cuda, mps, cpu; auto: the first of them that is there")
-    flag("dtype", "auto", "of the matrix products; auto: bfloat16 where the hardware has it",
-         choices=["auto", "float32", "bfloat16"])
+    p.flag("max_iters", 300, "optimizer steps", positive)
+    p.flag("batch_size", 16, "sequences in a micro-step", positive)
+    p.flag("block_size", 256, "tokens in a sequence", at_least(8))
+    p.flag("gradient_accumulation_steps", 1, "micro-steps in a step, of all processes together", positive)
+    p.flag("learning_rate", None, "its peak (default: 3e-4, or 3e-3 below 10M parameters)", not_negative)
+    p.flag("warmup_iters", 10, "steps over which the learning rate rises", at_least(0))
+    p.flag("weight_decay", 0.1, "of matrices", not_negative)
+    p.flag("grad_clip", 1.0, "largest norm of the gradient; 0: any", not_negative)
+    p.flag("dropout", 0.0, "in training", at_least(0, float, below=1))
+    p.flag("eval_interval", 50, "steps between evaluations, each of which saves the run", positive)
+    p.flag("eval_iters", 20, "batches of held-out text in an evaluation", positive)
+    p.flag("log_interval", 10, "steps between lines of the log", positive)
+    p.flag("seed", 1337, "of batches, dropout and the sample", at_least(0, below=2**63))
+    p.flag("device", "auto", "cuda, mps or cpu")
+    p.flag("dtype", "auto", "of matrix products", choices=["auto", "float32", "bfloat16"])
     p.add_argument("--compile", action="store_true", help="torch.compile the model")
     p.add_argument("--activation_checkpointing", action=argparse.BooleanOptionalAction,
-                   help="recompute activations in backward: less memory, more time (default: on a CPU)")
+                   help="compute the MLPs again in the backward pass, to save memory (default: on a CPU)")
+    return p
 
+
+def parse_args():
+    p = make_parser()
     args = p.parse_args()
+    given = p.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args))))  # None where not given
+    for flags in args, given:  # absolute paths, since --resume may come from another directory
+        flags.data = [path if path == "-" else os.path.abspath(path) for path in flags.data or []]
+        flags.counts = [os.path.abspath(path) for path in flags.counts or []]
+        if flags.init_from and Path(flags.init_from).is_dir():
+            flags.init_from = os.path.abspath(flags.init_from)
+    out = Path(args.out_dir)
+    if not args.out_dir:
+        p.error("--out_dir is empty")
     if args.resume:
-        args = resumed_args(p, args.out_dir)
-    if args.init_from == "scratch" and args.tokenizer is None:
-        p.error("--init_from scratch needs --tokenizer FOLDER")
-    if args.n_embd % args.n_head:
-        p.error(f"--n_embd {args.n_embd} must be a multiple of --n_head {args.n_head}")
-    if args.alpha_warmup_iters > args.max_iters:
-        p.error(f"--alpha_warmup_iters {args.alpha_warmup_iters}: alpha would not get there in --max_iters "
-                f"{args.max_iters}")
-    if len({f"{alpha:g}" for alpha in args.alpha}) < len(args.alpha):  # which names a run's folder
+        had = flags_of_run(p, out)
+        for name, value in flags_of(given).items():
+            if value not in (None, []) and value != had.get(name) and name != "max_iters":
+                p.error(f"--resume: --{name} was {had.get(name)}, not {value}: name another --out_dir")
+        args = argparse.Namespace(**vars(args) | had | {"max_iters": given.max_iters or had["max_iters"]})
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise not_empty(out)
+    if len({f"{alpha:g}" for alpha in args.alpha}) < len(args.alpha):  # which name the folders
         p.error("--alpha has a value twice")
-    if args.batch_size * args.gradient_accumulation_steps < int(os.environ.get("WORLD_SIZE", 1)):
-        p.error("--batch_size times --gradient_accumulation_steps must be at least the number of processes")
+    if args.batch_size * args.gradient_accumulation_steps < WORLD_SIZE or WORLD_SIZE > 1 and "-" in args.data:
+        p.error("each process needs a sequence of every batch, and several cannot share standard input")
     return args
 
 
-# What --resume may change: the result means the same. (Whether data and counts do, their content tells.)
-MAY_CHANGE = {"resume", "out_dir", "data", "counts", "max_iters", "eval_interval", "log_interval", "device",
-              "dtype", "compile", "activation_checkpointing", "batch_size", "gradient_accumulation_steps"}
-
-
-def resumed_args(p, out_dir):
-    """The flags of the run in a folder, with those that are given now and may change."""
-    runs = [folder for folder in (Path(out_dir), *sorted(Path(out_dir).glob("alpha-*"))) if is_run(folder)]
-    if not runs:
-        p.error(f"--resume: there is no run to continue in {out_dir}")
+def flags_of_run(p, out):
+    """The flags in the args.json of a run, or of the run of a series that was started or resumed last."""
+    paths = [out / "args.json"] if (out / "args.json").exists() else out.glob("alpha-*/args.json")
+    path = max(paths, key=os.path.getmtime, default=None)
+    if path is None:
+        p.error(f"--resume: there is no run in {out}")
     try:
-        last = max((folder / "args.json" for folder in runs), key=os.path.getmtime)  # of the run in progress
-        had = json.loads(last.read_bytes())
-        p.set_defaults(**{name: had[name] for name in vars(p.parse_args([])).keys() - {"resume", "out_dir"}})
-    except (OSError, ValueError, KeyError, TypeError):
-        p.error(f"--resume: {out_dir} has no args.json with the flags of the run")
-    args = p.parse_args()
-    changed = [name for name, value in vars(args).items() if value != had[name] and name not in MAY_CHANGE]
-    sequences = lambda flags: flags["batch_size"] * flags["gradient_accumulation_steps"]
-    if sequences(vars(args)) != sequences(had):
-        changed.append("batch_size")
-    for name in changed:
-        p.error(f"--resume: --{name} was {had[name]}, not {getattr(args, name)}, in {out_dir}: for another "
-                "run, name another --out_dir")
-    if len(args.alpha) > 1 and runs[0] == Path(out_dir):
-        p.error(f"--resume: {out_dir} is one run of several: --out_dir {runs[0].parent} goes on with them")
-    return args
+        had = json.loads(path.read_bytes())
+        if path.parent == out and len(had["alpha"]) > 1:
+            p.error(f"--resume: {out} is one of several runs: --out_dir {out.parent} goes on with all")
+        return had
+    except (ValueError, KeyError, TypeError):
+        p.error(f"--resume: {path} is damaged")
+
+
+def quote(path):
+    """A path as it is typed in a shell."""
+    return f'"{path}"' if re.search(r"\s", str(path)) else str(path)
 
 
 def main_in_memory():
-    """main, with the flags named that make a run smaller when memory runs out."""
+    """main, and what to do if memory runs out."""
     try:
         main()
-    except (RuntimeError, MemoryError) as error:  # a CPU's allocator raises no torch.OutOfMemoryError
-        told = re.search("out of memory|can't allocate memory|not enough memory", str(error))
-        if not told and not isinstance(error, MemoryError):
+    except (RuntimeError, MemoryError) as error:  # on a CPU torch raises no OutOfMemoryError
+        if not isinstance(error, MemoryError) and not re.search(
+                "out of memory|can't allocate memory|not enough memory", str(error)):
             raise
-        raise ValueError("out of memory: halve --batch_size and double --gradient_accumulation_steps (the "
-                         "same training), add --activation_checkpointing, or start with a lower --block_size"
-                         ) from None
+        raise ValueError("out of memory: halve --batch_size and double --gradient_accumulation_steps, which is "
+                         "the same training, or lower --block_size") from None
 
 
 if __name__ == "__main__":
