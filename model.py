@@ -288,7 +288,7 @@ def read_weights(folder, model):
 
 
 def turn(name, w):
-    """Checkpoints have the linear layers of a block as (in, out), nn.Linear as (out, in): from one to the other."""
+    """Transpose linear layers: (in, out) in checkpoints, (out, in) in nn.Linear."""
     return w.transpose(0, -1) if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else w
 
 
@@ -376,8 +376,8 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that there is
 def checkpoint_folder(name_or_folder, weights=True):
     """The local folder of a checkpoint, or of just a tokenizer. A model on the hub is downloaded once.
 
-    Hugging Face's own cache is used if it holds the model. HF_ENDPOINT names a mirror. Raises OSError if there
-    is no such folder or model, ValueError if it is no GPT-2.
+    Hugging Face's own cache is used if it holds the model. HF_ENDPOINT names a mirror.
+    Raises OSError if there is no such folder or model, ValueError if it is no GPT-2.
     """
     name = str(name_or_folder)
     repo = RELEASED.get(name_or_folder, name)  # ./gpt2 and Path("gpt2") are folders, "gpt2" is not
@@ -436,8 +436,8 @@ def fetch(name, repo, folder, weights):
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)  # of a URLError
         reason = getattr(reason, "strerror", None) or reason
-        raise OSError(f"{name} is not cached and cannot be downloaded ({reason}): connect, or name a checkpoint "
-                      "folder such as tiny") from None
+        raise OSError(f"{name} is not cached and cannot be downloaded ({reason}): connect, or name a "
+                      "checkpoint folder such as tiny") from None
 
 
 def download(repo, path):

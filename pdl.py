@@ -46,9 +46,8 @@ def pdl_weights(counts, alpha=0.5, eps=1.0):
 def token_weights(targets, weights, ignore_index=-100):
     """w(y_k) of every target, 0 where it is ignored: (...) int64 -> (...).
 
-    If you split a batch over micro-steps or devices, add up reduction="sum" over the parts and divide by the
-    sum of token_weights over the whole batch. A mean of the parts' means is another loss: their weights differ.
-
+    If you split a batch over micro-steps or devices, divide reduction="sum" of each part by the sum of these
+    over the whole batch. A mean of the parts' means is another loss, because their weights differ.
     Raises IndexError for a target outside the vocabulary.
     """
     keep = targets != ignore_index
@@ -105,7 +104,7 @@ CHUNK_LOGITS = 2**25  # logits computed at a time, 667 rows of GPT-2's: fewer ar
 
 @torch.compiler.disable
 def linear_pdl_loss(hidden, lm_head, targets, weights, reduction="mean", ignore_index=-100):
-    """pdl_loss(hidden @ lm_head.T, ...) without ever holding all logits, the largest tensor of a training step.
+    """pdl_loss(hidden @ lm_head.T, ...) without ever holding all logits, the largest tensor of a step.
 
     hidden: (..., D), the last hidden states. lm_head: (V, D). reduction: "mean" or "sum". The rest is as in
     pdl_loss. Products run in hidden's dtype, or in autocast's. The gradient of lm_head is summed in float32;
@@ -127,18 +126,18 @@ def linear_pdl_loss(hidden, lm_head, targets, weights, reduction="mean", ignore_
 class _ChunkedLoss(torch.autograd.Function):
     """sum_k w_k * cross_entropy(hidden_k @ lm_head.T, target_k), in chunks of rows.
 
-    The loss and its gradient need the same logits. So the forward pass computes both for each chunk, and the
-    backward pass only scales the gradients. With p = softmax(logits), the gradient of a row's cross-entropy by
-    its logits is p - onehot(target). The row's weight is applied to D numbers rather than to these V.
+    The loss and its gradient need the same logits. So the forward pass computes both, chunk by chunk, and the
+    backward pass only scales the gradients. With p = softmax(logits), the gradient of a row's cross-entropy
+    by its logits is p - onehot(target). The row's weight is applied to D numbers rather than to these V.
     """
 
     @staticmethod
     def forward(ctx, hidden, lm_head, targets, w):
         N, V = len(hidden), len(lm_head)
         head = lm_head.to(hidden.dtype)  # (V, D)
-        tiny = torch.finfo(w.dtype).tiny
-        largest = w.max().clamp(min=tiny) if N else w.new_ones(())  # float16 can hold w / largest, but maybe not w
         loss = w.new_zeros(())
+        # float16 can hold w / largest, but perhaps not w.
+        largest = w.max().clamp(min=torch.finfo(w.dtype).tiny) if N else loss
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         d_head = torch.zeros_like(lm_head, dtype=w.dtype) if ctx.needs_input_grad[1] else None
         n_chunks = math.ceil(N * V / CHUNK_LOGITS)

@@ -5,20 +5,18 @@ Generate text: with what train.py left in out/, with a checkpoint folder, or wit
     python sample.py --init_from out/alpha-0 --counts out/alpha-0/counts.npy --shift 0.25
 """
 
-import sys
-
 import numpy as np
 import torch
 
-from count import ArgumentParser, at_least, encode, load_counts, load_tokenizer, run
+from count import ArgumentParser, at_least, encode, load_counts, load_tokenizer, read, run
 from model import GPT, pick_device, pick_dtype
 
 
 def shift(counts, x):
-    """-x * log(freq(t)), to be added to the logits: (V,) float32. A token that never occurs counts as seen once.
+    """-x * log(freq(t)), to be added to the logits: (V,) float32. Unseen tokens count as seen once.
 
-    Eq. 5 is minimized by q(t) ~ w(t) p(t). A model that is trained without PDL predicts p, and this shift turns
-    p into q. With x = -alpha it turns the q of a model that was trained with PDL back into p.
+    Eq. 5 is minimized by q(t) ~ w(t) p(t). A plain model predicts p, and a shift by alpha makes it q. A model that
+    is trained with PDL predicts q, and a shift by -alpha makes it p.
     """
     if counts.max() <= 1:
         raise ValueError("these are probabilities, but a shift needs counts: count.py makes them")
@@ -45,10 +43,10 @@ def main():
     p.flag("init_from", "out", "a checkpoint folder, a released GPT-2, or OWNER/NAME on the hub")
     p.flag("prompt", "\n", 'text to continue; - is standard input, FILE:path a file, "" the start of a text')
     p.flag("num_samples", 3, "samples, generated side by side", at_least(1))
-    p.flag("max_new_tokens", 200, "tokens in each sample; slow beyond the model's context window", at_least(1))
-    p.flag("temperature", 0.8, "below 1 is safer, above 1 wilder; 0 takes the likeliest token", at_least(0, float))
+    p.flag("max_new_tokens", 200, "tokens in each; slow beyond the model's context window", at_least(1))
+    p.flag("temperature", 0.8, "low is safe, high is wild; 0 takes the likeliest", at_least(0, float))
     p.flag("top_k", None, "sample among the k likeliest tokens", at_least(1))
-    p.flag("top_p", 0.95, "sample among the likeliest tokens with this probability together", at_least(0, float))
+    p.flag("top_p", 0.95, "sample among the likeliest, with this probability together", at_least(0, float))
     p.flag("seed", 1337, "of the samples", at_least(0, below=2**63))
     p.flag("counts", None, "token counts for --shift", nargs="+", metavar="FILE.npy[:SCALE]")
     p.flag("shift", None, "add -SHIFT * log(freq) to the logits: PDL's effect without training", float)
@@ -66,10 +64,11 @@ def main():
     model.to(device, pick_dtype(args.dtype, device, sampling=True))
     prompt = args.prompt
     if prompt == "-" or prompt.startswith("FILE:"):
-        prompt = read_prompt(prompt.removeprefix("FILE:"))
+        prompt = "".join(read([prompt.removeprefix("FILE:")])[1])
     tokens = encode(prompt, tokenizer).tolist() or [tokenizer.eot_token]
     how = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p")}
-    for sample in write(model, tokenizer, tokens, args.max_new_tokens, bias, args.num_samples, args.seed, **how):
+    samples = write(model, tokenizer, tokens, args.max_new_tokens, bias, args.num_samples, args.seed, **how)
+    for sample in samples:
         print(prompt + tokenizer.decode(sample) + "\n" + "-" * 80)
 
 

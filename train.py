@@ -5,8 +5,8 @@ Finetune GPT-2 with Power-Law Decay Loss.
     python train.py --alpha 0 0.25 0.5 --data my.txt      # a run for each alpha, and a table of all
     torchrun --standalone --nproc_per_node=2 train.py     # the same batches, on two devices
 
-The best weights go to out/, a checkpoint folder that sample.py and Transformers open. finetune() tells the story
-of a run. The loss is in pdl.py, the network in model.py, and count.py makes the batches.
+The best weights go to out/, a checkpoint folder for sample.py and Transformers. finetune() tells the story
+of a run. The loss comes from pdl.py, the network from model.py, the batches from count.py.
 """
 
 import argparse
@@ -75,13 +75,12 @@ def finetune(args, alpha, folder, device, tokenizer, corpus):
         return report
     resuming = args.resume and (folder / "resume.pt").exists()
 
-    # The model, and what to evaluate it with.
     model = load_model(args, tokenizer, device)
     optimizer = make_optimizer(args, model)
     final_weights = step_weights(args.max_iters, alpha, args, corpus, model)  # (V,)
     shifts = {f"{x:g}": shift(corpus.freq, x) for x in args.alpha if alpha == 0 < x}  # (V,) each
     same = {"data": corpus.digest(), "counts": hashlib.sha256(corpus.freq.tobytes()).hexdigest()}
-    step, before, best = 0, None, None  # before: the evaluation before training; best: that of the best weights
+    step, before, best = 0, None, None  # the evaluations before training, and of the best weights
     if resuming:
         step, before, best = resume(folder, args, model, optimizer, same)
     elif RANK == 0:
@@ -109,16 +108,16 @@ def finetune(args, alpha, folder, device, tokenizer, corpus):
 
         # Every rank draws the same batch, from the seed and the step. So however it is split, it is the same.
         n = args.batch_size * args.gradient_accumulation_steps
-        x, y = map(torch.from_numpy, corpus.batch(np.random.default_rng((args.seed, step)), n))  # (n, T)
+        rng = np.random.default_rng((args.seed, step))
+        inputs, targets = map(torch.from_numpy, corpus.batch(rng, n))  # (n, T) each
         weights = step_weights(step, alpha, args, corpus, model)  # (V,)
-        total = token_weights(y, weights).sum().item()  # of the whole batch: a mean of means is another loss
+        total = token_weights(targets, weights).sum().item()  # of the whole batch, not of its parts
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
         torch.manual_seed(hash((args.seed, step, RANK)))  # for dropout
         loss = torch.zeros((), device=device)
-        # This rank's rows, a micro-step at a time.
-        xs, ys = (rows.tensor_split(WORLD_SIZE)[RANK].split(args.batch_size) for rows in (x, y))
-        for i, (x, y) in enumerate(zip(xs, ys), 1):
+        xs, ys = (rows.tensor_split(WORLD_SIZE)[RANK].split(args.batch_size) for rows in (inputs, targets))
+        for i, (x, y) in enumerate(zip(xs, ys), 1):  # micro-steps, with this rank's rows
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)  # (b, T)
             if WORLD_SIZE > 1:
                 trained.require_backward_grad_sync = i == len(xs)
@@ -170,14 +169,14 @@ def choose_model(args, device):
 
 def load_model(args, tokenizer, device):
     model = GPT.from_pretrained(args.init_from)
-    config = model.config
-    if config.vocab_size < tokenizer.n_vocab:
-        raise ValueError(f"{args.init_from} has {config.vocab_size} tokens, its tokenizer {tokenizer.n_vocab}")
-    if args.block_size > config.n_positions:
-        raise ValueError(f"--block_size {args.block_size} is beyond the model's window of {config.n_positions}")
-    # Completions are trained to end with this token, so this is where Transformers shall stop, too.
-    for settings in vars(config), model.generation_config:
-        settings["eos_token_id"] = tokenizer.eot_token
+    V, window = model.config.vocab_size, model.config.n_positions
+    if V < tokenizer.n_vocab:
+        raise ValueError(f"{args.init_from} has {V} tokens, but its tokenizer {tokenizer.n_vocab}")
+    if args.block_size > window:
+        raise ValueError(f"--block_size {args.block_size} is beyond the model's context window of {window}")
+    model.config.eos_token_id = tokenizer.eot_token  # where generate of Transformers will stop
+    if model.generation_config:
+        model.generation_config["eos_token_id"] = tokenizer.eot_token
     model.set_dropout(args.dropout)
     recompute = args.activation_checkpointing
     model.activation_checkpointing = device.type == "cpu" if recompute is None else recompute
@@ -189,7 +188,8 @@ def load_model(args, tokenizer, device):
 def make_optimizer(args, model):
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]  # biases and LayerNorm's gains do not decay
-    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [{"params": matrices, "weight_decay": args.weight_decay},
+              {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
 
 
@@ -227,8 +227,8 @@ def all_sum(tensor):
 def evaluate(args, model, corpus, weights, device, logit_bias=None):
     """How well held-out text is predicted, in all and by the frequency band of the target.
 
-    At most eval_iters batches, spread evenly. val_ce is plain cross-entropy in nats. val_pdl is the loss that is
-    trained: Eq. 5 over the sum of the weights. A band without targets is left out.
+    val_ce is plain cross-entropy in nats, val_pdl the loss that is trained: Eq. 5 over the sum of the weights.
+    A band without targets is left out.
     """
     n = args.eval_iters * args.batch_size * args.gradient_accumulation_steps
     rows = np.unique(np.linspace(0, len(corpus.held_out) - 1, n).astype(int))[RANK::WORLD_SIZE]
@@ -240,13 +240,13 @@ def evaluate(args, model, corpus, weights, device, logit_bias=None):
         x, y = map(torch.from_numpy, corpus.held_out_batch(rows[i : i + args.batch_size]))  # (b, T) each
         with autocast(args, device):
             hidden = model(x.to(device), return_hidden=True)[y.to(device) != -100]  # (targets, n_embd)
-            for h, t in zip(hidden.split(512), y[y != -100].split(512)):  # all logits at once take much memory
+            for h, t in zip(hidden.split(512), y[y != -100].split(512)):  # to save memory
                 logits = F.linear(h, model.lm_head).float()  # (512, V)
                 if logit_bias is not None:
                     logits[:, : len(logit_bias)] += logit_bias.to(device)
                 ce = F.cross_entropy(logits, t.to(device), reduction="none").cpu().double()
-                right, w = logits.argmax(-1).cpu() == t, weights[t].double()
-                sums.index_add_(1, bands[t], torch.stack((torch.ones_like(ce), ce, right.double(), w, w * ce)))
+                right, w = (logits.argmax(-1).cpu() == t).double(), weights[t].double()
+                sums.index_add_(1, bands[t], torch.stack((torch.ones_like(ce), ce, right, w, w * ce)))
     model.train()
     n, ce, right, w, w_ce = all_sum(sums)  # (3,) each
     by_band = {"ce_by_band": ce / n, "accuracy_by_band": right / n, "share_of_text": n / n.sum(),
@@ -282,8 +282,8 @@ def introduce(args, alpha, folder, device, model, corpus, step):
     say(f"model: {Path(args.init_from).name}, {size:.1f}M parameters, {device.type}, {args.dtype}{ranks}\n"
         f"data:  {corpus.description}\n"
         f"loss:  PDL, alpha {'rising from 0 to ' * args.rising}{alpha:g}, eps {args.eps:g}\n"
-        f"run:   {args.max_iters} steps of {n} x {args.block_size} tokens, learning rate {args.learning_rate:g}, "
-        f"into {folder}/" + f"\nresuming at step {step}" * (step > 0))
+        f"run:   {args.max_iters} steps of {n} x {args.block_size} tokens, learning rate "
+        f"{args.learning_rate:g}, into {folder}/" + f"\nresuming at step {step}" * (step > 0))
 
 
 def log_step(args, folder, step, loss, clock):
@@ -307,8 +307,8 @@ def log(folder, **entry):
 
 def check_finite(loss, step, folder):
     if not math.isfinite(loss):
-        raise ValueError(f"the loss became NaN or infinite at step {step}; {folder}/ keeps the last save. Start "
-                         "again with a lower --learning_rate and another --out_dir")
+        raise ValueError(f"the loss became NaN or infinite at step {step}; {folder}/ keeps the last save. "
+                         "Start again with a lower --learning_rate and another --out_dir")
 
 
 def table_of_run(report):
@@ -349,7 +349,7 @@ def table_of_series(reports):
 
 
 def claim(folder, args, corpus):
-    """Make a folder this run's own, by creating its args.json, and put in what does not change in training."""
+    """Make a folder this run's own by creating its args.json, and put in what does not change."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (args.resume and (folder / "args.json").exists()):  # a run that was stopped before its first save
         try:
@@ -367,7 +367,7 @@ def claim(folder, args, corpus):
 
 
 def not_empty(folder):
-    return ValueError(f"--out_dir {folder} is not an empty folder: --resume its run, or name another --out_dir")
+    return ValueError(f"{folder} is not an empty folder: --resume its run, or name another --out_dir")
 
 
 def save(folder, model, optimizer, **state):
@@ -391,7 +391,7 @@ def resume(folder, args, model, optimizer, same):
         if state.get(name) != digest:
             raise ValueError(f"--resume: the {name} are not those that the run in {folder} had")
     if state["step"] > args.max_iters:
-        raise ValueError(f"--max_iters {args.max_iters}: the run in {folder} is at step {state['step']} already")
+        raise ValueError(f"--max_iters {args.max_iters}: {folder} is at step {state['step']} already")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     if RANK == 0:
@@ -407,7 +407,7 @@ def finished(folder, args):
     path = folder / "report.json"
     report = json.loads(path.read_bytes()) if args.resume and path.exists() else None
     if report and report["args"]["max_iters"] == args.max_iters:
-        say(f"{folder}/ is finished; to train on, give --resume and a larger --max_iters")
+        say(f"{folder} is finished; to train on, give --resume and a larger --max_iters")
         return report
 
 
@@ -422,15 +422,16 @@ def flags_of(args):
 def make_parser():
     p = count.ArgumentParser(description="Finetune GPT-2 with Power-Law Decay Loss (arXiv 2505.16900).")
     positive, not_negative = at_least(1), at_least(0, float)
-    p.flag("alpha", [0.5], "strength of the decay; 0: cross-entropy; several: a run each", not_negative, nargs="+")
+    p.flag("alpha", [0.5], "strength of the decay; 0: cross-entropy; several: a run each", not_negative,
+           nargs="+")
     p.add_argument("--rising", action="store_true", help="let alpha rise from 0 to its value over the run")
     p.flag("eps", 1.0, "added to every count (Eq. 3)", not_negative)
     p.flag("counts", None, "token counts from count.py, added up (default: those of the training text)",
            nargs="+", action="extend", metavar="FILE.npy[:SCALE]")
     p.flag("data", None, "UTF-8 text, or JSON Lines with pairs or documents; - is standard input (default: "
            "Python's language reference)", nargs="+", action="extend", metavar="FILE")
-    p.flag("init_from", None, "a released GPT-2, OWNER/NAME on the hub, or a checkpoint folder (default: gpt2, "
-           "or tiny/ if that cannot be had)")
+    p.flag("init_from", None, "a released GPT-2, OWNER/NAME on the hub, or a checkpoint folder (default: "
+           "gpt2, or tiny/ if that cannot be had)")
     p.flag("out_dir", "out", "a new folder for the run")
     p.add_argument("--resume", action="store_true", help="go on with the run in --out_dir, with its flags")
     p.flag("max_iters", 300, "optimizer steps", positive)
@@ -509,8 +510,8 @@ def main_in_memory():
         if not isinstance(error, MemoryError) and not re.search(
                 "out of memory|can't allocate memory|not enough memory", str(error)):
             raise
-        raise ValueError("out of memory: halve --batch_size and double --gradient_accumulation_steps, which is "
-                         "the same training, or lower --block_size") from None
+        raise ValueError("out of memory: halve --batch_size and double --gradient_accumulation_steps, which "
+                         "is the same training, or lower --block_size") from None
 
 
 if __name__ == "__main__":
