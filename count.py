@@ -368,9 +368,10 @@ def count_tokens(paths, tokenizer):
     return counts
 
 
-def write_counts(path, counts):
-    with open(path, "wb") as file:  # given a path, np.save would add .npy to it
-        np.save(file, counts)
+def save_counts(path, counts):
+    file = io.BytesIO()
+    np.save(file, counts)
+    replace(path, lambda part: part.write_bytes(file.getvalue()))
 
 
 def load_counts(files, n_vocab):
@@ -459,7 +460,7 @@ def main():
     if not args.out.endswith(".npy"):
         parser.error(f"--out {args.out} must end in .npy")
     counts = count_tokens(args.text, load_tokenizer(args.tokenizer))
-    replace(Path(args.out), lambda path: write_counts(path, counts))
+    save_counts(Path(args.out), counts)
     total, seen, top = counts.sum(), np.count_nonzero(counts), np.sort(counts)[-100:].sum()
     print(f"{total:,} tokens, {seen:,} distinct; the 100 most frequent are {top / total:.1%} of the text\n"
           f"{len(counts) - seen:,} of the {len(counts):,} in the vocabulary never occur\nwrote {args.out}")

@@ -1,12 +1,10 @@
 """
-GPT-2 in one file: the network, and how it writes. Then checkpoint folders in Hugging Face's layout, and
-downloads from its hub.
+GPT-2 (Radford et al. 2019): the network and how it generates, then checkpoint folders and downloads.
 
     model = GPT.from_pretrained("gpt2")     # a released model, OWNER/NAME on the hub, or a folder
     logits = model(idx)                     # (B, T) int64 -> (B, T, vocab_size)
 
-The architecture is that of Radford et al. 2019, with the names of the released checkpoints. This file knows
-neither the loss (pdl.py) nor the text (count.py).
+Module names and files are those of Hugging Face. This file knows neither the loss (pdl.py) nor text (count.py).
 """
 
 import http.client
@@ -16,7 +14,6 @@ import os
 import re
 import secrets
 import sys
-import time
 import urllib.error
 import urllib.request
 from dataclasses import asdict, dataclass, field
@@ -25,6 +22,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.benchmark import Timer
 from torch.utils.checkpoint import checkpoint
 
 
@@ -190,11 +188,8 @@ class GPT(nn.Module):
         Raises OSError if it cannot be had, ValueError if it is not a GPT-2.
         """
         folder = checkpoint_folder(name_or_folder)
-        with torch.device("meta"):  # no memory for weights that are replaced at once
-            model = cls(read_config(folder))
+        model = read_config(folder)
         model.load_state_dict(read_weights(folder, model), assign=True)
-        if (folder / "generation_config.json").exists():
-            model.generation_config = json.loads((folder / "generation_config.json").read_bytes())
         return model
 
     def save_pretrained(self, folder, dtype=torch.float32):
@@ -251,12 +246,11 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def read_config(folder):
-    """The GPTConfig of a checkpoint folder. Raises ValueError if it is not a GPT-2."""
-    path = folder / "config.json"
+    """The GPT that config.json describes, still without weights (on torch's meta device). Raises ValueError."""
     try:
-        given = json.loads(path.read_bytes())
+        given = json.loads((folder / "config.json").read_bytes())
         for name, value in GPT2.items():
-            if given.get(name, value) not in (value, "gelu_pytorch_tanh"):  # the latter is gelu_new
+            if given.get(name, value) not in (value, "gelu_pytorch_tanh"):  # another name of gelu_new
                 raise ValueError(f"{name} is {given[name]!r}, not {value!r}")
         given.setdefault("n_positions", given.get("n_ctx", GPTConfig.n_positions))
         own = GPTConfig.__dataclass_fields__.keys() - {"other"}
@@ -264,9 +258,14 @@ def read_config(folder):
         sizes = config.vocab_size, config.n_positions, config.n_embd, config.n_layer, config.n_head
         if any(type(n) is not int or n < 1 for n in (*sizes, config.n_inner or 1)) or sizes[2] % sizes[4]:
             raise ValueError("its sizes fit no network")
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} does not describe a GPT-2: {error}") from None
-    return config
+        with torch.device("meta"):
+            model = GPT(config)
+            model.ln_f(torch.empty(1, config.n_embd))  # layer_norm_epsilon is a number
+        if (folder / "generation_config.json").exists():
+            model.generation_config = {} | json.loads((folder / "generation_config.json").read_bytes())
+        return model
+    except Exception as error:  # a stranger's file can hold anything
+        raise ValueError(f"{folder}: config.json or generation_config.json describes no GPT-2: {line(error)}") from None
 
 
 def read_weights(folder, model):
@@ -274,47 +273,48 @@ def read_weights(folder, model):
     path = next((folder / name for name in WEIGHTS if (folder / name).exists()), None)
     if path is None:
         raise FileNotFoundError(f"{folder} has neither {' nor '.join(WEIGHTS)}")
-    state = load_state(path) if path.suffix == ".bin" else read_safetensors(path)
-    state = {name.removeprefix("transformer."): turn(name, w) for name, w in state.items()
-             if isinstance(w, torch.Tensor) and not name.endswith(NOT_WEIGHTS)}
-    found, wanted = ({name: w.shape for name, w in of.items()} for of in (state, model.state_dict()))
-    for name in sorted(found.keys() | wanted.keys()):
-        if found.get(name) != wanted.get(name):
-            raise ValueError(f"{path} does not fit config.json: {name!a} has shape {found.get(name)}, "
-                             f"not {wanted.get(name)}")
-        if not state[name].isfinite().all():
-            raise ValueError(f"{path} holds a broken model: {name} is NaN or infinite")
-    return {name: w.float().contiguous() for name, w in state.items()}
+    try:
+        state = load_state(path) if path.suffix == ".bin" else read_safetensors(path)
+        state = {name.removeprefix("transformer."): turn(name, w).float().contiguous()
+                 for name, w in state.items() if not name.endswith(NOT_WEIGHTS)}
+        found, wanted = ({name: tuple(w.shape) for name, w in of.items()} for of in (state, model.state_dict()))
+        for name in sorted(found.keys() | wanted.keys()):
+            if found.get(name) != wanted.get(name):
+                raise ValueError(f"{name!a} has shape {found.get(name)}, and {wanted.get(name)} by config.json")
+            if not state[name].isfinite().all():
+                raise ValueError(f"{name} is NaN or infinite")
+        return state
+    except Exception as error:
+        raise ValueError(f"{path} is damaged, or not the weights of this GPT-2: {line(error)}") from None
+
+
+def line(error):
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def turn(name, w):
-    """Transpose linear layers: (in, out) in checkpoints, (out, in) in nn.Linear."""
+    """Checkpoints have the linear layers of a block as (in, out), nn.Linear as (out, in)."""
     return w.transpose(0, -1) if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else w
 
 
 def read_safetensors(path):
     """{name: tensor}. Eight bytes are the header's length, then come the header, as JSON, and the tensors."""
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            start = 8 + int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(start - 8)) if start <= size else {"": {}}
-            state = {}
-            for name in header.keys() - {"__metadata__"}:
-                begin, end = header[name]["data_offsets"]
-                dtype, shape = header[name]["dtype"], header[name]["shape"]
-                if name.endswith(NOT_WEIGHTS):
-                    continue  # masks have other dtypes
-                if not 0 <= begin <= end <= size - start:
-                    raise ValueError("it is cut short")
-                data = torch.empty(end - begin, dtype=torch.uint8)
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        start = 8 + int.from_bytes(file.read(8), "little")
+        if start > size:
+            raise ValueError("it is cut short")
+        header, state = json.loads(file.read(start - 8)), {}
+        for name in header.keys() - {"__metadata__"}:
+            begin, end = header[name]["data_offsets"]
+            if not 0 <= begin <= end <= size - start:
+                raise ValueError("it is cut short")
+            if not name.endswith(NOT_WEIGHTS):  # which may have other dtypes
+                data = torch.empty(end - begin, dtype=torch.uint8)  # a copy, as tensors may be unaligned
                 file.seek(start + begin)
                 file.readinto(data.numpy())
-                state[name] = data.view(DTYPES[dtype]).view(shape)  # copied, since the file may be unaligned
-            return state
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path} is damaged, or not safetensors of F32, F16 or BF16: {reason}") from None
+                state[name] = data.view(DTYPES[header[name]["dtype"]]).view(header[name]["shape"])
+        return state
 
 
 def write_safetensors(path, state, dtype):
@@ -332,29 +332,21 @@ def write_safetensors(path, state, dtype):
 
 
 def load_state(path):
-    """The dict that torch.save wrote. Only tensors and plain values load, so a stranger's file runs no code.
-
-    Raises ValueError for anything else.
-    """
+    """The dict that torch.save wrote. A stranger's file runs no code. Raises ValueError for anything else."""
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path} is damaged, or not a PyTorch checkpoint: {reason}") from None
+        raise ValueError(f"{path} is damaged, or not a PyTorch checkpoint: {line(error)}") from None
 
 
 def replace(path, write):
-    """Call write with a path beside the file, then rename: a reader finds the old file or the new one, whole.
-
-    Raises OSError.
-    """
+    """Call write with a path beside the file, then rename: no reader finds half a file. Raises OSError."""
     part = path.with_name(path.name + ".part")
     try:
         write(part)
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError when the disk is full
-        reason = str(error).partition("\n")[0]
-        raise OSError(f"{path} could not be written ({reason}); what was there is untouched") from None
+        raise OSError(f"{path} could not be written ({line(error)}); what was there before is untouched") from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -395,12 +387,10 @@ def checkpoint_folder(name_or_folder, weights=True):
 
 
 def is_complete(folder, weights):
-    def has(*names):
-        return any((folder / name).is_file() for name in names)
-
+    has = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if weights:
-        return has("config.json") and has(*WEIGHTS)
-    return has("tokenizer.json") or has("vocab.json") and has("merges.txt")
+        return "config.json" in has and not has.isdisjoint(WEIGHTS)
+    return "tokenizer.json" in has or {"vocab.json", "merges.txt"} <= has
 
 
 def whats_wrong(folder):
@@ -476,9 +466,8 @@ def pick_device(name="auto", local_rank=0):
     try:
         device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"--device {name} cannot be used here ({reason}): leave it out") from None
+    except Exception as error:  # each backend has its own
+        raise ValueError(f"--device {name} cannot be used here ({line(error)}): leave it out") from None
     return device
 
 
@@ -493,14 +482,9 @@ def pick_dtype(name, device, sampling=False):
     has_bfloat16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     if sampling:  # waits for the weights to be read from memory, so half the bytes take half the time
         return torch.bfloat16 if has_bfloat16 else torch.float16
-    # Not every CPU that can multiply in bfloat16 is faster with it.
-    return min([torch.float32] + [torch.bfloat16] * has_bfloat16, key=product_seconds)
-
-
-def product_seconds(dtype):
-    a, b, times = torch.ones(512, 768, dtype=dtype), torch.ones(768, 3072, dtype=dtype), []
-    for _ in range(5):
-        start = time.perf_counter()
-        a @ b
-        times.append(time.perf_counter() - start)
-    return min(times)
+    if not has_bfloat16:
+        return torch.float32
+    a, b, mean = torch.ones(512, 768), torch.ones(768, 3072), {}
+    for dtype in torch.float32, torch.bfloat16:  # not every CPU that has bfloat16 is faster with it
+        mean[dtype] = Timer("a @ b", globals={"a": a.to(dtype), "b": b.to(dtype)}).timeit(5).mean
+    return min(mean, key=mean.get)

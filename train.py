@@ -86,7 +86,7 @@ def finetune(args, alpha, folder, device, tokenizer, corpus):
     elif RANK == 0:
         claim(folder, args, corpus)
     evaluated = step if resuming else None  # the step of the last evaluation
-    introduce(args, alpha, folder, device, model, corpus, step)
+    introduce(args, alpha, folder, device, model, corpus, evaluated)
     trained = torch.compile(model) if args.compile else model
     if WORLD_SIZE > 1:
         trained = DistributedDataParallel(trained)
@@ -95,7 +95,6 @@ def finetune(args, alpha, folder, device, tokenizer, corpus):
     while True:
         if step != evaluated and (step % args.eval_interval == 0 or step == args.max_iters):
             result = {"iter": step} | evaluate(args, model, corpus, final_weights, device)
-            check_finite(result["val_ce"], step, folder)
             say(f"step {step}: held-out cross-entropy {result['val_ce']:.4f}, PDL {result['val_pdl']:.4f}")
             log(folder, iter=step, val_ce=result["val_ce"], val_pdl=result["val_pdl"])
             before, evaluated = before or result, step
@@ -275,7 +274,7 @@ def say(text):
         print(text, flush=True)
 
 
-def introduce(args, alpha, folder, device, model, corpus, step):
+def introduce(args, alpha, folder, device, model, corpus, resumed_at):
     size = sum(p.numel() for p in model.parameters()) / 1e6
     ranks = f", {WORLD_SIZE} processes" if WORLD_SIZE > 1 else ""
     n = args.batch_size * args.gradient_accumulation_steps
@@ -283,12 +282,13 @@ def introduce(args, alpha, folder, device, model, corpus, step):
         f"data:  {corpus.description}\n"
         f"loss:  PDL, alpha {'rising from 0 to ' * args.rising}{alpha:g}, eps {args.eps:g}\n"
         f"run:   {args.max_iters} steps of {n} x {args.block_size} tokens, learning rate "
-        f"{args.learning_rate:g}, into {folder}/" + f"\nresuming at step {step}" * (step > 0))
+        f"{args.learning_rate:g}, into {folder}/")
+    if resumed_at is not None:
+        say(f"resuming at step {resumed_at}")
 
 
 def log_step(args, folder, step, loss, clock):
     """Show and log the loss and the speed since the last line."""
-    check_finite(loss, step, folder)
     since, last = clock
     seconds = (time.time() - since) / (step - last)
     speed = args.batch_size * args.gradient_accumulation_steps * args.block_size / seconds
@@ -300,15 +300,13 @@ def log_step(args, folder, step, loss, clock):
 
 
 def log(folder, **entry):
+    """Add a line to log.jsonl. Raises ValueError if the loss is NaN: nothing is saved after that."""
+    if not all(map(math.isfinite, entry.values())):
+        raise ValueError(f"the loss became NaN at step {entry['iter']}; {folder} keeps the last save. Start again "
+                         "with a lower --learning_rate and another --out_dir")
     if RANK == 0:
         with open(folder / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
-
-
-def check_finite(loss, step, folder):
-    if not math.isfinite(loss):
-        raise ValueError(f"the loss became NaN or infinite at step {step}; {folder}/ keeps the last save. "
-                         "Start again with a lower --learning_rate and another --out_dir")
 
 
 def table_of_run(report):
@@ -348,6 +346,9 @@ def table_of_series(reports):
 # --- saving and resuming ---
 
 
+NOT_EMPTY = "{} is not an empty folder: --resume its run, or name another --out_dir"
+
+
 def claim(folder, args, corpus):
     """Make a folder this run's own by creating its args.json, and put in what does not change."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -356,32 +357,24 @@ def claim(folder, args, corpus):
             with open(folder / "args.json", "x", encoding="utf-8") as file:  # only one process can create it
                 json.dump(flags_of(args), file, indent=2)
         except FileExistsError:
-            raise not_empty(folder) from None
+            raise ValueError(NOT_EMPTY.format(folder)) from None
     (folder / "log.jsonl").unlink(missing_ok=True)
     source = checkpoint_folder(args.init_from)
     for name in TOKENIZER:
         if (source / name).exists():
             content = (source / name).read_bytes()
             replace(folder / name, lambda path: path.write_bytes(content))
-    replace(folder / "counts.npy", lambda path: count.write_counts(path, corpus.freq))
-
-
-def not_empty(folder):
-    return ValueError(f"{folder} is not an empty folder: --resume its run, or name another --out_dir")
+    count.save_counts(folder / "counts.npy", corpus.freq)
 
 
 def save(folder, model, optimizer, **state):
-    """Write resume.pt, then the weights if they are the best. A kill between the two is mended by resume."""
+    """Write resume.pt, then the weights if they are the best. resume mends a kill in between."""
     if RANK == 0:
         state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
                   "log_bytes": (folder / "log.jsonl").stat().st_size}
         replace(folder / "resume.pt", lambda path: torch.save(state, path))
-        save_best(folder, model, state)
-
-
-def save_best(folder, model, state):
-    if state["best"] is None or state["best"]["iter"] == state["step"]:
-        model.save_pretrained(folder)
+        if state["best"] is None or state["best"]["iter"] == state["step"]:
+            model.save_pretrained(folder)
 
 
 def resume(folder, args, model, optimizer, same):
@@ -390,16 +383,17 @@ def resume(folder, args, model, optimizer, same):
     for name, digest in same.items():
         if state.get(name) != digest:
             raise ValueError(f"--resume: the {name} are not those that the run in {folder} had")
-    if state["step"] > args.max_iters:
-        raise ValueError(f"--max_iters {args.max_iters}: {folder} is at step {state['step']} already")
+    step, before, best = state["step"], state["before"], state["best"]
+    if step > args.max_iters:
+        raise ValueError(f"--max_iters {args.max_iters}: {folder} is at step {step} already")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     if RANK == 0:
         os.truncate(folder / "log.jsonl", state["log_bytes"])  # what came after the save is trained again
         (folder / "report.json").unlink(missing_ok=True)
         write_json(folder / "args.json", flags_of(args))
-        save_best(folder, model, state)
-    return state["step"], state["before"], state["best"]
+        save(folder, model, optimizer, step=step, before=before, best=best, **same)
+    return step, before, best
 
 
 def finished(folder, args):
@@ -474,7 +468,7 @@ def parse_args():
                 p.error(f"--resume: --{name} was {had.get(name)}, not {value}: name another --out_dir")
         args = argparse.Namespace(**vars(args) | had | {"max_iters": given.max_iters or had["max_iters"]})
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise not_empty(out)
+        raise ValueError(NOT_EMPTY.format(out))
     if len({f"{alpha:g}" for alpha in args.alpha}) < len(args.alpha):  # which name the folders
         p.error("--alpha has a value twice")
     if args.batch_size * args.gradient_accumulation_steps < WORLD_SIZE or WORLD_SIZE > 1 and "-" in args.data:

@@ -30,12 +30,13 @@ import torch.nn.functional as F
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # a script sees the folder that it is in
 from count import count_tokens, load_tokenizer
-from model import GPT, GPTConfig, pick_dtype, sampling_dtype
+from model import GPT, GPTConfig, pick_dtype
 from pdl import linear_pdl_loss, token_weights
 from train import make_optimizer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BEST_DTYPE = pick_dtype("auto", torch.device(DEVICE))
+DTYPE = pick_dtype("auto", torch.device(DEVICE))
+SAMPLING_DTYPE = pick_dtype("auto", torch.device(DEVICE), sampling=True)
 CHECKPOINTING = DEVICE == "cpu"  # train.py's default
 
 
@@ -64,12 +65,12 @@ def seconds(step, n=3, warmup=1):
 # --- the measurements: each returns a time or a speed, and bytes ---
 
 
-def loss(ours, dtype):
-    """Forward and backward in seconds, and the memory beyond the inputs."""
+def loss(ours, dtype, frozen=False):
+    """Forward and backward in seconds, and the memory beyond the inputs. frozen: lm_head needs no gradient."""
     torch.manual_seed(0)
     options = {"device": DEVICE, "dtype": getattr(torch, dtype)}
     hidden = torch.empty(4096, 768, **options).normal_().requires_grad_()
-    lm_head = torch.empty(50257, 768, **options).normal_(std=0.02).requires_grad_()
+    lm_head = torch.empty(50257, 768, **options).normal_(std=0.02).requires_grad_(not frozen)
     targets, weights = torch.randint(50257, (4096,), device=DEVICE), torch.rand(50257, device=DEVICE)
 
     def step():
@@ -95,9 +96,9 @@ def training(ours):
     x, y = torch.randint(50257, (2, 4, 512), device=DEVICE)
     weights = torch.rand(50257, device=DEVICE)
     # nanoGPT's recipe: on a GPU compiled, in bfloat16, with the fused AdamW; on a CPU float32 and neither.
-    dtype, trained = torch.float32 if nanogpt_on_cpu else BEST_DTYPE, model
+    dtype, trained = torch.float32 if nanogpt_on_cpu else DTYPE, model
     if ours:
-        settings = SimpleNamespace(optimizer="adamw", learning_rate=1e-4, weight_decay=0.1)
+        settings = SimpleNamespace(learning_rate=1e-4, weight_decay=0.1)
         optimizer = make_optimizer(settings, model)
     else:
         groups = [{"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": 0.1},
@@ -134,7 +135,7 @@ def sampling(how, batch_size):
     else:
         model = GPT(GPTConfig()).to(DEVICE).eval()
         if how == "sample.py":
-            model.to(sampling_dtype("auto", torch.device(DEVICE), batch_size == 1))
+            model.to(SAMPLING_DTYPE)
         generate = lambda: model.generate(idx, 256)
     return batch_size * 256 / seconds(generate, n=1), None
 
@@ -182,14 +183,13 @@ def whole_run(folder, flags):
 ROWS = {
     "loss": [
         (f"loss, {dtype} (s)", loss, "full logits", [False, dtype], "linear_pdl_loss", [True, dtype])
-        for dtype in ("float32", "bfloat16") if dtype == "float32" or BEST_DTYPE == torch.bfloat16
-    ],
+        for dtype in ("float32", "bfloat16")
+    ] + [("loss, float32 (s)", loss, "lm_head trained", [True, "float32"], "lm_head frozen", [True, "float32", True])],
     "training": [("training (tokens/s)", training, "nanoGPT's recipe", [False], "train.py", [True])],
     "sampling": [
         (f"sampling, batch {n} (tokens/s)", sampling, theirs, [theirs, n], "sample.py", ["sample.py", n])
         for n, theirs in ((1, "Transformers' generate"), (1, "float32"), (4, "float32"), (16, "float32"))
-        if (sampling_dtype("auto", torch.device(DEVICE), n == 1) != torch.float32 if theirs == "float32"
-            else importlib.util.find_spec("transformers"))
+        if theirs == "float32" or importlib.util.find_spec("transformers")
     ],
     "counting": [("counting (MB/s)", counting, "tiktoken, 1 thread", [False], "count.py", [True])],
 }
@@ -241,7 +241,7 @@ def main():
     elif sys.platform == "linux":
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         name = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), name)
-    bfloat16 = "with" if BEST_DTYPE == torch.bfloat16 else "without"
+    bfloat16 = "with" if DTYPE == torch.bfloat16 else "without"
     threads = torch.get_num_threads()
     print(f"{name} {bfloat16} bfloat16, {threads} threads, torch {torch.__version__}\n", flush=True)
     if tabled := [kind for kind in kinds if kind != "runs"]:
