@@ -26,7 +26,7 @@ import numpy as np
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str  # how GPT-2 splits text before it merges bytes
 
-from model import checkpoint_folder, replace
+from model import checkpoint_folder, line_of, replace
 
 END_OF_TEXT = "<|endoftext|>"
 PIECE = 1 << 18  # characters to read and tokenize at a time
@@ -54,11 +54,11 @@ def load_tokenizer(name_or_folder):
         ranks = {bytes(byte_of[c] for c in token): vocab[token] for token in (*byte_of, *merged)}
         if any(vocab[a] > vocab[b] for a, b in zip(merged, merged[1:])):
             raise ValueError("its ids are not in the order of its merges")  # in which tiktoken merges
-        ids = {*ranks.values(), *added.values()}
-        if END_OF_TEXT not in added or ids != set(range(len(ids))) or not ids.issuperset(vocab.values()):
-            raise ValueError(f"it lacks {END_OF_TEXT}, or has ids that stand for no token")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        ids = sorted((vocab | added).values())
+        if END_OF_TEXT not in added or ids != [*range(len(ids))] or {*ranks.values(), *added.values()} != {*ids}:
+            raise ValueError(f"it lacks {END_OF_TEXT}, or has ids or tokens that are never used")
+    except Exception as error:  # a stranger's file can hold anything
+        reason = f"{error} is missing" if isinstance(error, KeyError) else line_of(error)
         raise ValueError(f"{folder}: only tokenizers like GPT-2's can be used: {reason}") from None
     name = hashlib.sha256(repr((ranks, added)).encode()).hexdigest()
     return tiktoken.Encoding(name, pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=added)
@@ -98,7 +98,7 @@ def encode(text, tokenizer):
     parts = re.split(f"({'|'.join(map(re.escape, added))})", text)  # every second part is an added token
     try:
         return np.concatenate([
-            np.array([tokenizer.encode_single_token(part)], np.uint32) if i % 2
+            np.array([tokenizer._special_tokens[part]], np.uint32) if i % 2
             else tokenizer.encode_to_numpy(part, disallowed_special=()) for i, part in enumerate(parts)
         ])
     except ValueError:  # from its regular expression
@@ -157,18 +157,20 @@ def read(paths):
 
 
 def _read(paths):
-    item = None
+    kind, end = None, END_OF_TEXT  # str or tuple; the last characters of the text so far
     for path in paths:
-        if isinstance(item, str) and not item.endswith(END_OF_TEXT):
+        if kind is not tuple and end != END_OF_TEXT:
             yield END_OF_TEXT
-        before, empty = type(item), True
+        empty = True
         try:
             for item in _read_file(path):
-                if before not in (type(None), type(item)):
+                if kind not in (None, type(item)):
                     raise ValueError(f"{path} cannot follow {paths[0]}: give either pairs or text")
-                empty = empty and isinstance(item, str) and not item.removesuffix(END_OF_TEXT).strip()
+                kind = type(item)
+                if kind is str:
+                    end = (end + item)[-len(END_OF_TEXT) :]
+                empty = empty and kind is str and not item.removesuffix(END_OF_TEXT).strip()
                 yield item
-                before = type(item)
         except UnicodeDecodeError:
             raise ValueError(f"{path} is not UTF-8 text: convert it to UTF-8") from None
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -200,7 +202,7 @@ def _parse(path, number, line):
         entry = json.loads(line)
         values = [entry["text"]] if "text" in entry else [entry["prompt"], entry["completion"]]
         "".join(values).encode()  # they are strings, and Unicode
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         raise ValueError(f"{path} line {number} is {line.strip()[:60]!r}, but must be {FORMAT}") from None
     return tuple(values) if len(values) == 2 else values[0] + END_OF_TEXT
 
@@ -381,18 +383,22 @@ def load_counts(files, n_vocab):
     """
     total = np.zeros(n_vocab)
     for file in files:
-        path, scale = re.fullmatch(r"(.+?)(?::([0-9.]+(?:[eE][+-]?[0-9]+)?))?", file).groups()
+        scaled = re.fullmatch(r"(.+):([0-9.]+(?:[eE][0-9+-]+)?)", file)
+        path, scale = scaled.groups() if scaled else (file, 1)
         try:
-            counts = np.load(path, allow_pickle=False)
-            valid = np.isfinite(counts).all() and (counts >= 0).all() and counts.any() and counts.ndim == 1
-        except (ValueError, TypeError, EOFError):
-            valid = False  # another kind of file, or an array of something else than numbers
+            counts = np.load(path, allow_pickle=False) * float(scale)
+            valid = np.isrealobj(counts) and counts.ndim == 1 and counts.any()
+            valid = valid and np.isfinite(counts).all() and (counts >= 0).all()
+        except OSError:
+            raise
+        except Exception:  # another kind of file, or an array of something else than numbers
+            valid = False
         if not valid:
-            raise ValueError(f"--counts {path} is not an array of counts: count.py writes one")
+            raise ValueError(f"--counts {file} is not an array of counts: count.py writes one")
         if len(counts) != n_vocab:
             raise ValueError(f"--counts {path} has {len(counts):,} entries, but the model's tokenizer has "
                              f"{n_vocab:,} tokens: count again with count.py --tokenizer")
-        total += counts * float(scale or 1)
+        total += counts
     return total
 
 

@@ -197,7 +197,8 @@ class GPT(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = asdict(self.config)
-        config = GPT2 | {"bos_token_id": self.config.eos_token_id} | config.pop("other") | config
+        own = {"architectures": ["GPT2LMHeadModel"], "bos_token_id": self.config.eos_token_id}
+        config = GPT2 | own | config.pop("other") | config
         write_json(folder / "config.json", config)
         if self.generation_config:
             write_json(folder / "generation_config.json", self.generation_config)
@@ -220,7 +221,8 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None):
             before = likeliest.cumsum(-1) - likeliest  # how likely the tokens before each are together
             if before[:, -1].min() >= top_p:
                 break
-        p = torch.zeros_like(p).scatter(1, index, likeliest.masked_fill(before >= top_p, 0))
+        likeliest[(before >= top_p) & (before > 0)] = 0  # but the first stays, however small top_p is
+        p = torch.zeros_like(p).scatter(1, index, likeliest)
     choice = draw(p)
     return choice if token is None else token.gather(1, choice[:, None])[:, 0]
 
@@ -265,7 +267,7 @@ def read_config(folder):
             model.generation_config = {} | json.loads((folder / "generation_config.json").read_bytes())
         return model
     except Exception as error:  # a stranger's file can hold anything
-        raise ValueError(f"{folder}: config.json or generation_config.json describes no GPT-2: {line(error)}") from None
+        raise ValueError(f"{folder}: config.json or generation_config.json describes no GPT-2: {line_of(error)}") from None
 
 
 def read_weights(folder, model):
@@ -285,10 +287,10 @@ def read_weights(folder, model):
                 raise ValueError(f"{name} is NaN or infinite")
         return state
     except Exception as error:
-        raise ValueError(f"{path} is damaged, or not the weights of this GPT-2: {line(error)}") from None
+        raise ValueError(f"{path} is damaged, or not the weights of this GPT-2: {line_of(error)}") from None
 
 
-def line(error):
+def line_of(error):
     return str(error).partition("\n")[0] or type(error).__name__
 
 
@@ -336,7 +338,7 @@ def load_state(path):
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:
-        raise ValueError(f"{path} is damaged, or not a PyTorch checkpoint: {line(error)}") from None
+        raise ValueError(f"{path} is damaged, or not a PyTorch checkpoint: {line_of(error)}") from None
 
 
 def replace(path, write):
@@ -346,7 +348,7 @@ def replace(path, write):
         write(part)
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError when the disk is full
-        raise OSError(f"{path} could not be written ({line(error)}); what was there before is untouched") from None
+        raise OSError(f"{path} could not be written ({line_of(error)}); what was there before is untouched") from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -379,7 +381,7 @@ def checkpoint_folder(name_or_folder, weights=True):
         own = Path(torch.hub.get_dir(), "pdl", repo.replace("/", "--"))
         folders = own, hub_snapshot(name), hub_snapshot(repo)
         folder = next((folder for folder in folders if is_complete(folder, weights)), own)
-        if folder == own:
+        if not is_complete(folder, weights):
             fetch(name, repo, own, weights)
     if not is_complete(folder, weights):
         raise FileNotFoundError(f"{name} is no checkpoint that can be used: {whats_wrong(folder)}")
@@ -450,7 +452,7 @@ def download(repo, path):
     except urllib.error.HTTPError as error:
         if error.code != 404:
             raise OSError(f"{path.name}: {error}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise OSError(f"{path.name}: this is not what the hub sends") from None
     finally:
         part.unlink(missing_ok=True)
@@ -467,7 +469,7 @@ def pick_device(name="auto", local_rank=0):
         device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
         torch.zeros(1, device=device).item()
     except Exception as error:  # each backend has its own
-        raise ValueError(f"--device {name} cannot be used here ({line(error)}): leave it out") from None
+        raise ValueError(f"--device {name} cannot be used here ({line_of(error)}): leave it out") from None
     return device
 
 

@@ -12,7 +12,7 @@ This file is the whole method. It needs torch (2.4 or later) and nothing else, s
 It does not count tokens (count.py does) and does not shift targets: logits[k] must predict targets[k].
 reference() in tests/test_pdl.py is the clearest explanation: the same loss in plain Python, token by token.
 
-MIT License. The method is by Jintian Shao et al., "Power-Law Decay Loss", arXiv 2505.16900, 2025.
+MIT License. Paper: "Power-Law Decay Loss for Large Language Model Finetuning", Jintian Shao et al., 2025.
 """
 
 import math

@@ -248,11 +248,11 @@ def evaluate(args, model, corpus, weights, device, logit_bias=None):
                 sums.index_add_(1, bands[t], torch.stack((torch.ones_like(ce), ce, right, w, w * ce)))
     model.train()
     n, ce, right, w, w_ce = all_sum(sums)  # (3,) each
+    result = {"val_ce": ce.sum() / n.sum(), "val_pdl": w_ce.sum() / w.sum(), "accuracy": right.sum() / n.sum()}
     by_band = {"ce_by_band": ce / n, "accuracy_by_band": right / n, "share_of_text": n / n.sum(),
                "share_of_weight": w / w.sum()}
-    return {"val_ce": (ce.sum() / n.sum()).item(), "val_pdl": (w_ce.sum() / w.sum()).item(),
-            "accuracy": (right.sum() / n.sum()).item()} | {
-        name: {band: x for band, x, any_target in zip(BANDS, values.tolist(), n) if any_target}
+    return {name: value.item() for name, value in result.items()} | {
+        name: {band: x for band, x, there in zip(BANDS, values.tolist(), n) if there}
         for name, values in by_band.items()}
 
 
@@ -315,11 +315,12 @@ def table_of_run(report):
     lines = ["", "held-out targets   share of  share of       cross-entropy, nats         top-1 accuracy",
              "                       text    weight     before    after    change      before    after"]
     for band in (*before["ce_by_band"], "all"):
-        shares = [before[name].get(band, 1) for name in ("share_of_text", "share_of_weight")]
-        ce = [result["ce_by_band"].get(band, result["val_ce"]) for result in (before, after)]
-        accuracy = [result["accuracy_by_band"].get(band, result["accuracy"]) for result in (before, after)]
-        lines.append(f"{band:<18}{shares[0]:9.1%}{shares[1]:10.1%}   {ce[0]:8.3f}{ce[1]:9.3f}"
-                     f"{ce[1] - ce[0]:+10.3f}   {accuracy[0]:9.1%}{accuracy[1]:9.1%}")
+        text, weight = (before[name].get(band, 1) for name in ("share_of_text", "share_of_weight"))
+        (ce, right), (ce_after, right_after) = (
+            (of["ce_by_band"].get(band, of["val_ce"]), of["accuracy_by_band"].get(band, of["accuracy"]))
+            for of in (before, after))
+        lines.append(f"{band:<18}{text:9.1%}{weight:10.1%}   {ce:8.3f}{ce_after:9.3f}{ce_after - ce:+10.3f}   "
+                     f"{right:9.1%}{right_after:9.1%}")
     lines.append(f"These are the weights of step {after['iter']}, the best by held-out PDL.")
     sample = report["sample"]
     lines += ["", "--- a held-out prompt ---", sample["prompt"], "--- the model goes on ---", sample["model"],

@@ -1,5 +1,5 @@
 """
-Turn the recorded runs into tables and a figure.
+Turn the recorded runs into tables and two figures.
 
     python study/findings.py             # writes study/results.md
     python study/findings.py --figure    # draws study/study.svg; needs matplotlib
@@ -502,14 +502,36 @@ def figure(results):
     replace(FOLDER / "study.svg", lambda path: figure.savefig(path, format="svg", metadata={"Date": None}))
 
 
+def figure_of_alpha(results):
+    """study/alpha.svg: what alpha does to held-out prediction, on average over the tasks."""
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"svg.hashsalt": "", "svg.fonttype": "none", "font.size": 11,
+                         "axes.spines.top": False, "axes.spines.right": False})
+    figure, ax = plt.subplots(figsize=(7, 3.6))
+    for band, color in ("frequent", "tab:blue"), ("middle", "tab:gray"), ("rare", "tab:red"):
+        gains = [0.0] + [-compare(results, TASKS, f"PDL {alpha}", nats(band)).mean for alpha in ("0.25", "0.5")]
+        ax.plot([0, 0.25, 0.5], gains, marker="o", color=color, linewidth=2.5)
+        ax.annotate(f"{band} tokens {gains[-1]:+.2f}", (0.5, gains[-1]), (8, -4), color=color,
+                    textcoords="offset points")
+    ax.axhline(0, color="black", linewidth=0.6)
+    ax.set_xticks([0, 0.25, 0.5], ["0\nplain cross-entropy", "0.25", "0.5"])
+    ax.set_xlabel("alpha")
+    ax.set_ylabel("change in cross-entropy, nats\n(lower is better)")
+    ax.set_xlim(-0.05, 0.75)
+    figure.tight_layout()
+    replace(FOLDER / "alpha.svg", lambda path: figure.savefig(path, format="svg", metadata={"Date": None}))
+
+
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description="Turn the recorded runs into tables and a figure.")
-    p.add_argument("--figure", action="store_true", help="draw study.svg instead of writing results.md")
+    p.add_argument("--figure", action="store_true", help="draw study.svg and alpha.svg instead of writing results.md")
     args = p.parse_args()
     record = json.loads((FOLDER / "study.json").read_bytes())
     rerun = json.loads(RERUN.read_bytes()) if RERUN.exists() else {}
     if args.figure:
         figure(record)
+        figure_of_alpha(record)
     else:
         page = results_page(record, rerun)
         replace(FOLDER / "results.md", lambda path: path.write_text(page, encoding="utf-8"))

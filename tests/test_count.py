@@ -1,294 +1,399 @@
-"""count.py: tokens and counts are those of encoding each text whole; files of counts are what they say."""
+"""count.py: Transformers' token ids, text and pairs from any file, what is held out, and counts."""
 
 import gzip
+import io
 import json
-import os
 import random
-import signal
+import shutil
 import string
 import sys
-from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiktoken
 
 import count
-from count import count_tokens, encode, load_counts, load_tokenizer
+from count import count_tokens, encode, load_corpus, load_counts, load_tokenizer
+
+EOT = "<|endoftext|>"
+
+
+def tokens_of(tokenizer, *texts):
+    """The tokens of texts, by tiktoken alone. Not for added tokens that begin alike."""
+    return sum((tokenizer.encode(text, allowed_special="all") for text in texts), [])
+
+
+def counts_of(tokenizer, *texts):
+    return np.bincount(tokens_of(tokenizer, *texts), minlength=tokenizer.n_vocab)
+
+
+def json_lines(*entries):
+    return "".join(json.dumps(entry) + "\n" for entry in entries).encode()
+
+
+def write_pairs(path, pairs):
+    path.write_bytes(json_lines(*({"prompt": p, "completion": c} for p, c in pairs)))
+    return [path]
+
 
 # --- the tokenizer ---
 
 
+@pytest.fixture(scope="session")
+def golden(root):
+    """A folder for each tokenizer that Transformers saved, with the ids that it gives for a nasty text."""
+    return root / "tests/golden/tokenizers"
+
+
 @pytest.fixture
-def as_tokenizer_json(tiny):
-    """tiny/'s tokenizer as the content of a tokenizer.json."""
-    vocab = json.loads((tiny / "vocab.json").read_text(encoding="utf-8"))
-    lines = (tiny / "merges.txt").read_text(encoding="utf-8").splitlines()
-    return {
-        "normalizer": None,
-        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
-        "added_tokens": [{"id": vocab["<|endoftext|>"], "content": "<|endoftext|>", "special": True}],
-        "model": {"type": "BPE", "vocab": vocab, "merges": [line.split() for line in lines[1:]]},
-    }
+def content(golden):
+    """The smallest tokenizer.json, as Python."""
+    vocab = json.loads((golden / "plain/vocab.json").read_bytes())
+    merges = (golden / "plain/merges.txt").read_text(encoding="utf-8").splitlines()[1:]
+    return {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False},
+            "added_tokens": [{"id": vocab[EOT], "content": EOT}],
+            "model": {"vocab": vocab, "merges": [merge.split() for merge in merges]}}
 
 
-def test_tokens_are_those_of_transformers(tokenizer, root):
-    golden = json.loads((root / "tests/golden/tokens.json").read_text(encoding="utf-8"))
-    assert tokenizer.encode_ordinary(golden["text"]) == golden["tokens"]
-    assert tokenizer.decode(golden["tokens"]) == golden["text"]
+@pytest.mark.parametrize("name", ["plain", *(f"transformers{v}" for v in ("4", "4_slow", "4_old", "5"))])
+def test_ids_are_those_of_transformers(golden, name):
+    """Also with added tokens: one begins like another, one has a space, some look like ordinary tokens."""
+    expected = json.loads((golden / name / "ids.json").read_bytes())
+    assert encode(expected["text"], load_tokenizer(golden / name)).tolist() == expected["ids"]
 
 
-def test_a_tokenizer_is_never_a_stale_one(tiny, tmp_path):
-    for name in "vocab.json", "merges.txt":
-        (tmp_path / name).write_bytes((tiny / name).read_bytes())
-    assert load_tokenizer(tmp_path).n_vocab == 4096
-    merges = (tmp_path / "merges.txt").read_text(encoding="utf-8").splitlines()
-    vocab = json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8"))
-    (tmp_path / "merges.txt").write_text("\n".join(merges[: 1 + 4000 - 256]) + "\n", encoding="utf-8")
-    vocab = {token: i for token, i in vocab.items() if i < 4000} | {"<|endoftext|>": 4000}
-    (tmp_path / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
-    assert load_tokenizer(tmp_path).n_vocab == 4001
+@pytest.mark.parametrize("first", [0, 1])
+def test_merges_may_be_strings_and_an_end_of_text_the_first_token(content, golden, tmp_path, first):
+    model, expected = content["model"], json.loads((golden / "plain/ids.json").read_bytes())
+    model["merges"] = [" ".join(merge) for merge in model["merges"]]
+    model["vocab"] = {token: (i + first) % len(model["vocab"]) for token, i in model["vocab"].items()}
+    content["added_tokens"][0]["id"] = model["vocab"][EOT]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    ids = encode(expected["text"], load_tokenizer(tmp_path)).tolist()
+    assert ids == [(i + first) % len(model["vocab"]) for i in expected["ids"]]
 
 
-@pytest.mark.parametrize("merges", ["pairs", "strings"])
-def test_tokenizer_json_alone_is_enough(as_tokenizer_json, tokenizer, tmp_path, root, merges):
-    """It is all that Transformers 5 saves; merges are lists of two there, and were strings before."""
-    if merges == "strings":
-        model = as_tokenizer_json["model"]
-        model["merges"] = [" ".join(pair) for pair in model["merges"]]
-    (tmp_path / "tokenizer.json").write_text(json.dumps(as_tokenizer_json), encoding="utf-8")
-    read = load_tokenizer(tmp_path)
-    text = (root / "README.md").read_text(encoding="utf-8")
-    assert read.encode_ordinary(text) == tokenizer.encode_ordinary(text)
-    assert (read.n_vocab, read.eot_token) == (tokenizer.n_vocab, tokenizer.eot_token)
+CHANGES = {
+    "prefix space": lambda t: t["pre_tokenizer"].update(add_prefix_space=True),
+    "prefix space by default": lambda t: t["pre_tokenizer"].pop("add_prefix_space"),
+    "normalizer": lambda t: t.update(normalizer={"type": "NFC"}),
+    "word pieces": lambda t: t["model"].update(type="WordPiece"),
+    "no regex": lambda t: t["pre_tokenizer"].update(use_regex=False),
+    "several splitters": lambda t: t.update(pre_tokenizer={"type": "Sequence", "pretokenizers": []}),
+    "no end of text": lambda t: (t["added_tokens"].clear(), t["model"]["vocab"].pop(EOT)),
+    "merges out of order": lambda t: t["model"]["merges"].reverse(),
+    "unknown merge": lambda t: t["model"]["merges"].append(["the", "zyx"]),
+    "a gap": lambda t: t["added_tokens"].append({"id": 999, "content": "far away"}),
+    "an id twice": lambda t: (t["model"]["vocab"].update({EOT: 355}), t["added_tokens"][0].update(id=355)),
+    "a token that no merge makes": lambda t: t["model"]["vocab"].update({"zyx": 357}),
+    **{flag: lambda t, flag=flag: t["added_tokens"].append({"id": 357, "content": "[PAD]", flag: True})
+       for flag in ("lstrip", "rstrip", "single_word")},
+}
+FILES = [
+    *(("tokenizer.json", damaged) for damaged in ("", "{", "3", '{"model": 3}', "\0", "[" * 100_000)),
+    *(("vocab.json", damaged) for damaged in ("", "[]", "null", '{"a": "b"}')),
+    ("merges.txt", "#version: 0.2\na b c\n"), ("added_tokens.json", "["),
+    ("tokenizer_config.json", '{"add_prefix_space": true}'),
+    ("tokenizer_config.json", '{"added_tokens_decoder": {"357": {"content": "[PAD]", "lstrip": true}}}'),
+]
 
 
-def test_a_tokenizer_saved_by_transformers_5_opens(root):
-    folder = root / "tests/golden/tokenizer"
-    golden = json.loads((folder / "tokens.json").read_text(encoding="utf-8"))
-    assert load_tokenizer(folder).encode_ordinary(golden["text"]) == golden["tokens"]
-
-
-def test_an_end_of_text_may_be_the_first_token(tmp_path, tiny):
-    vocab = json.loads((tiny / "vocab.json").read_bytes())
-    first = {"<|endoftext|>": 0} | {token: i + 1 for token, i in vocab.items() if token != "<|endoftext|>"}
-    (tmp_path / "vocab.json").write_text(json.dumps(first), encoding="utf-8")
-    (tmp_path / "merges.txt").write_bytes((tiny / "merges.txt").read_bytes())
-    tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer.eot_token == 0 and tokenizer.decode(tokenizer.encode_ordinary("one two")) == "one two"
-
-
-def prefix_space(content):
-    content["pre_tokenizer"]["add_prefix_space"] = True
-
-
-def word_pieces(content):
-    content["model"]["type"] = "WordPiece"
-
-
-def normalized(content):
-    content["normalizer"] = {"type": "NFC"}
-
-
-def split_otherwise(content):
-    splitters = [{"type": "Split"}, {"type": "ByteLevel"}]
-    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": splitters}
-
-
-def no_end_of_text(content):
-    content["added_tokens"] = []
-    del content["model"]["vocab"]["<|endoftext|>"]
-
-
-def other_order(content):
-    content["model"]["merges"].reverse()
-
-
-def no_merges(content):
-    del content["model"]["merges"]
-
-
-def unknown_merge(content):
-    content["model"]["merges"].append(["the", "zyx"])
-
-
-OTHER = [prefix_space, word_pieces, normalized, split_otherwise, no_end_of_text, other_order, no_merges,
-         unknown_merge]
-
-
-@pytest.mark.parametrize("change", OTHER, ids=[change.__name__ for change in OTHER])
-def test_another_tokenizer_is_refused_in_one_line(as_tokenizer_json, tmp_path, change):
-    change(as_tokenizer_json)
-    (tmp_path / "tokenizer.json").write_text(json.dumps(as_tokenizer_json), encoding="utf-8")
+@pytest.mark.parametrize("name, change", [*(("tokenizer.json", change) for change in CHANGES), *FILES])
+def test_a_tokenizer_with_other_ids_or_damage_is_refused_in_one_line(content, golden, tmp_path, name, change):
+    if change in CHANGES:
+        CHANGES[change](content)
+    else:
+        shutil.copytree(golden / "plain", tmp_path, dirs_exist_ok=True)
+    (tmp_path / name).write_text(json.dumps(content) if change in CHANGES else change, encoding="utf-8")
     with pytest.raises(ValueError) as refusal:
         load_tokenizer(tmp_path)
     assert str(tmp_path) in str(refusal.value) and "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"model": 3}'])
-def test_a_damaged_tokenizer_is_refused_in_one_line(tmp_path, content):
-    (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
-    with pytest.raises(ValueError) as refusal:
-        load_tokenizer(tmp_path)
-    assert str(tmp_path) in str(refusal.value) and "\n" not in str(refusal.value)
+# --- reading ---
+
+ATOMS = ["the", "I'll", "'s", "'", " ", " ", " ", "  ", "\n", "\n\n", "\r\n", "\t", "\u00a0", "\u3000",
+         "\x1c", "\x85", "e\u0301", "\U0001f469\u200d\U0001f680", "12", "x1", ",", "...", EOT, "<|user|>",
+         "[PAD]", "<|", "ze bra", "\ufeff", "\u4e2d\u6587"]
 
 
-# --- reading and counting ---
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_streamed_in_pieces_as_encoded_whole(tokenizer, tmp_path, monkeypatch, seed):
-    rng = random.Random(seed)
-    atoms = ["the", "I'll", "'s", "'", " ", " ", " ", "  ", "\n", "\n\n", "\r\n", "\t", "\u00a0", "\u3000",
-             "\x1c", "\x85", "e\u0301", "\U0001f469\u200d\U0001f680", "12", "x1", ",", "...", "<|endoftext|>",
-             "\ufeff", "\u4e2d\u6587"]
-    texts = ["".join(rng.choices(atoms, k=3000)).lstrip("\ufeff") for _ in range(3)]
+@pytest.mark.parametrize("added", [[], ["[PAD]", "<|user|>"], ["[PAD]", "ze bra", "\r\n"]], ids=len)
+@pytest.mark.parametrize("piece", [1, 2, 50])
+def test_read_in_pieces_it_has_the_tokens_of_the_whole(golden, tmp_path, monkeypatch, added, piece):
+    shutil.copytree(golden / "plain", tmp_path, dirs_exist_ok=True)
+    ids = {token: i for i, token in enumerate(added, 357)}
+    (tmp_path / "added_tokens.json").write_text(json.dumps(ids), encoding="utf-8")
+    tokenizer, rng = load_tokenizer(tmp_path), random.Random(piece)
+    texts = ["".join(rng.choices(ATOMS, k=2000)).lstrip("\ufeff") + "." for _ in range(3)]
     paths = [tmp_path / name for name in ("a.txt", "b.txt.gz", "c.txt")]
     for path, text in zip(paths, texts):
         path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
-    expected = sum(np.bincount(tokenizer.encode_ordinary(text), minlength=4096) for text in texts)
-    monkeypatch.setattr(count, "PIECE", 50)
-    monkeypatch.setattr(count, "READ", 70)
-    counts = count_tokens(paths, tokenizer, jobs=3)
-    assert counts.dtype == np.int64 and (counts == expected).all()
-    pieces = [tokens for _, tokens in encode([texts[0]], tokenizer, jobs=2)]
-    assert np.concatenate(pieces).tolist() == tokenizer.encode_ordinary(texts[0])
-    assert len(list(encode(count.read_text(paths[2]), tokenizer))) > 20
+    monkeypatch.setattr(count, "PIECE", piece)
+    counts = count_tokens(paths, tokenizer)
+    assert counts.dtype == np.int64 and (counts == counts_of(tokenizer, EOT.join(texts))).all()
+    pieces = [texts[0][i : i + piece] for i in range(0, len(texts[0]), piece)]
+    pieces = list(count.encode_stream(pieces, tokenizer))
+    assert np.concatenate(pieces).tolist() == tokens_of(tokenizer, texts[0])
+    assert len(pieces) > 20 or piece < 50 or "ze bra" in added  # it was cut
 
 
-ATOMS = ["a", "\x1c", "=", "0", "'", "\n", "\u00a0", "ab", "!'", "\u00e9", "\u4e2d\u6587", "\U0001f469\u200d",
-         string.ascii_letters, string.digits, string.punctuation, " \t\n\r"]
+NO_CUT = ["a", "\x1c", "=", "0", "'", "\n", "\u00a0", "ab", "!'", "'s\u00e9", "\u4e2d\u6587",
+          "\U0001f469\u200d", string.ascii_letters, string.digits, string.punctuation, " \t\n\r"]
 
 
-def test_text_without_a_place_to_cut(tokenizer, monkeypatch):
-    rng = random.Random(0)
-    monkeypatch.setattr(count, "PIECE", 2000)
-    for text in ["".join(rng.choices(atom, k=20_000)) for atom in ATOMS]:
-        pieces = [tokens for _, tokens in encode([text], tokenizer)]
-        assert np.concatenate(pieces).tolist() == tokenizer.encode_ordinary(text), text[:20]
-        assert len(pieces) > 5
+@pytest.mark.parametrize("alphabet", NO_CUT, ids=ascii)
+def test_text_without_a_place_to_cut(tokenizer, tmp_path, monkeypatch, alphabet):
+    """Megabytes of it, if it is one character."""
+    monkeypatch.setattr(count, "PIECE", 1000)
+    k = 2_000_000 if alphabet in ("a", "=") else 10_000
+    text = "x" + "".join(random.Random(0).choices(alphabet, k=k)) + " word"
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    assert (count_tokens([tmp_path / "a.txt"], tokenizer) == counts_of(tokenizer, text)).all()
 
 
-def test_contractions_wherever_it_could_be_cut(tokenizer, monkeypatch):
-    """Nothing is cut near a contraction; a text of nothing else is still each character once."""
-    text = "'s\u00e9" * 2000
-    monkeypatch.setattr(count, "PIECE", 900)
-    pieces = [tokens for _, tokens in islice(encode([text], tokenizer), 100)]
-    assert np.concatenate(pieces).tolist() == tokenizer.encode_ordinary(text)
+@pytest.mark.parametrize("character", " \t\n")
+def test_megabytes_of_white_space_end_in_one_line(run_here, one_line, tiny, tmp_path, character):
+    (tmp_path / "a.txt").write_bytes(("word" + character * 2_000_000 + "word").encode())
+    one_line(run_here("count.py", "a.txt", "--tokenizer", tiny, cwd=tmp_path, ok=False), "white space")
 
 
-@pytest.mark.parametrize("character, rest", [
-    (" ", [" word"]), ("\t", ["\t", "word"]), ("\n", ["\n", "word"]), ("a", [" word"]),
-], ids=["spaces", "tabs", "line ends", "one letter"])
-def test_megabytes_of_one_character_and_then_a_word(tokenizer, tmp_path, character, rest):
-    """No regular expression knows the answer here: GPT-2 splits such a text into the run and the rest."""
-    n = 3_000_000
-    # The last space belongs to the word; the last of other white space stands alone.
-    pieces = [character * n, *rest]
-    (tmp_path / "a.txt").write_text("".join(pieces), encoding="utf-8", newline="")
-    tokens = sum((tokenizer._encode_single_piece(piece) for piece in pieces), [])
-    assert (count_tokens([tmp_path / "a.txt"], tokenizer) == np.bincount(tokens, minlength=4096)).all()
+COMPLETIONS = [" yes", " nada\r\n", f" a{EOT}b"]
+PAIRS = json_lines(*({"id": 3, "completion": c, "prompt": "\u00bfQu\u00e9?"} for c in COMPLETIONS))
 
 
-def test_of_pairs_the_completions_count_and_an_end_of_text_each(pairs, tokenizer):
-    rows = [json.loads(line) for line in (pairs / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
-    tokens = sum((tokenizer.encode_ordinary(row["completion"]) + [tokenizer.eot_token] for row in rows), [])
-    (pairs / "b.jsonl.gz").write_bytes(gzip.compress((pairs / "pairs.jsonl").read_bytes()))
-    for name in "pairs.jsonl", "b.jsonl.gz":
-        assert (count_tokens([pairs / name], tokenizer) == np.bincount(tokens, minlength=4096)).all()
-
-
-# --- the command line ---
-
-
-def test_from_the_command_line(run, tokenizer, tiny, tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"one two\r\n")
-    flags = "a.txt", "-", "--tokenizer", tiny, "-o", "c.npy"
-    out = run("count.py", *flags, cwd=tmp_path, input="two three").stdout
-    counts = np.load(tmp_path / "c.npy")
-    expected = tokenizer.encode_ordinary("one two\r\n") + tokenizer.encode_ordinary("two three")
-    assert (counts == np.bincount(expected, minlength=4096)).all()
-    assert f"{len(expected)} tokens, {len(set(expected))} distinct" in out
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "c.npy"]
-
-
-@pytest.mark.usefixtures("posix")
-def test_ctrl_c_leaves_no_half_written_counts(start, tiny, tmp_path):
-    process = start("count.py", "-", "--tokenizer", tiny, cwd=tmp_path, stdin=-1)
-    process.stdin.write("word " * 1_000_000)  # more than fits into a pipe: after this it is counting
-    process.stdin.flush()
-    process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=60) == ("", "")
-    assert process.returncode == -signal.SIGINT and not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("name, content, word", [
-    ("a.txt", b"caf\xe9", "UTF-8"),
-    ("a.txt", "windows".encode("utf-16"), "UTF-8"),
-    ("a.txt", b"", "no text"),
-    ("a.txt", None, "No such file"),
-    ("a.txt.gz", gzip.compress(b"one two " * 99)[:-9], "cannot be read"),
-    ("a.json", b'[{"prompt": "a", "completion": "b"}]', ".jsonl"),
-    ("a.jsonl", b'{"prompt": "a", "completion": "b"}\n{"prompt": "c"}\n', "line 2"),
+@pytest.mark.parametrize("name, content", [
+    *((f"a.{suffix}", PAIRS) for suffix in ("jsonl", "ndjson", "jl", "jsonl.txt", "JSONL", "txt")),
+    ("a.jsonl", b"\xef\xbb\xbf" + PAIRS), ("a", b"\r\n\n " + PAIRS.replace(b"\n", b"\r\n\r\n")),
+    *((name, gzip.compress(PAIRS)) for name in ("a.jsonl.gz", "a.jsonl", "a", "-")), ("-", PAIRS),
 ])
-def test_a_text_that_cannot_be_counted_is_named(run_here, one_line, tiny, tmp_path, name, content, word):
+def test_pairs_are_known_by_name_or_content(tokenizer, tmp_path, monkeypatch, name, content):
+    (tmp_path / name).write_bytes(content)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(content))))
+    counts = count_tokens(["-" if name == "-" else tmp_path / name], tokenizer)
+    assert (counts == counts_of(tokenizer, *(completion + EOT for completion in COMPLETIONS))).all()
+
+
+@pytest.mark.parametrize("text", ["a\r\nb\r\n", "\ufeffone", f"one{EOT}{EOT} two", "{a}", '"a": 1'])
+def test_text_is_counted_as_it_is(tokenizer, tmp_path, text):
+    """The line ends of Windows stay, a byte order mark goes, and a written end of text is that token."""
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    counts = count_tokens([tmp_path / "a.txt"], tokenizer)
+    assert (counts == counts_of(tokenizer, text.lstrip("\ufeff"))).all()
+
+
+@pytest.mark.parametrize("piece", [5, 1 << 18])
+def test_one_end_of_text_between_files_and_after_each_document(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr(count, "PIECE", piece)
+    documents = json_lines({"text": " three"}, {"text": " four"})
+    for name, content in ("a", b"one"), ("b", f" two{EOT}".encode()), ("c", documents):
+        (tmp_path / name).write_bytes(content)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(b" five"))))
+    is_pairs, items = count.read([tmp_path / "a", tmp_path / "b", tmp_path / "c", "-"])
+    assert not is_pairs and "".join(items) == f"one{EOT} two{EOT} three{EOT} four{EOT} five"
+
+
+@pytest.mark.parametrize("name, content", {
+    "latin1": b"caf\xe9", "bom": "windows".encode("utf-16"), "utf16": "windows".encode("utf-16-le"),
+    "utf16.jsonl": PAIRS.decode().encode("utf-16-be"), "nul": b"one\0two", "empty": b"",
+    "white": b" \n\t\xc2\xa0", "only_bom": b"\xef\xbb\xbf", "empty.gz": gzip.compress(b""),
+    "empty.jsonl": b"\n\n", "no_text.jsonl": b'{"text": " "}', "shorter.gz": gzip.compress(b"one")[:5],
+    "cut.gz": gzip.compress(b"one" * 9)[:-9], "damaged.gz": gzip.compress(b"two", 0).replace(b"two", b"too"),
+    "bad.gz": gzip.compress(b"")[:10] + b"\xff" * 9, "array": b'[{"text": "a"}]', "pretty": b'{\n"text": ""}',
+    "a.json": b'{"text": "a"}', "a.csv": b"a,b", "a.tsv": b"a", "a.json.gz": b"{}", "a.parquet": b"PAR1",
+    "missing": None, ".": None,
+}.items(), ids=lambda value: value if isinstance(value, str) else "")
+def test_a_bad_file_is_named_and_nothing_written(run_here, one_line, tiny, tmp_path, name, content):
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    result = run_here("count.py", name, "--tokenizer", tiny, cwd=tmp_path, ok=False)
-    one_line(result, word)
-    assert name in result.stderr and not (tmp_path / "counts.npy").exists()
+    before = [*tmp_path.iterdir()]
+    one_line(run_here("count.py", name, "--tokenizer", tiny, cwd=tmp_path, ok=False), f" {name}")
+    assert [*tmp_path.iterdir()] == before
 
 
-@pytest.mark.usefixtures("posix")
-def test_counts_replace_nothing_but_counts(run_here, one_line, text, tiny):
-    before = (text / "text.txt").read_bytes()
-    if sys.platform != "win32":
-        os.mkfifo(text / "device")
-    for name in "device", "text.txt":
-        result = run_here("count.py", "text.txt", "--tokenizer", tiny, "-o", name, cwd=text, ok=False)
-        one_line(result, name, status=2)
-    assert (text / "device").is_fifo() and (text / "text.txt").read_bytes() == before
-    for _ in range(2):
-        run_here("count.py", "text.txt", "--tokenizer", tiny, "-o", "counts.npy", cwd=text)
+@pytest.mark.parametrize("line", [
+    "{", "[1]", "3", '"text"', "plain text", '{"prompt": "a"}', '{"prompt": "a", "completion": 3}',
+    '{"text": null}', '{"instruction": "a", "output": "b"}', '{"messages": [{"role": "user"}]}',
+    '{"prompt": "a", "completion": "\\ud800"}', '{"text": "\\udc00"}', "[" * 100_000,
+])
+@pytest.mark.parametrize("number", [1, 101])
+def test_a_malformed_line_is_named_with_the_format_it_must_have(pairs, tokenizer, line, number):
+    path = pairs / "pairs.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join([*lines[: number - 1], line, *lines[number - 1 :]]), encoding="utf-8")
+    with pytest.raises(ValueError) as refusal:
+        count_tokens([path], tokenizer)
+    message = str(refusal.value)
+    assert f"pairs.jsonl line {number} " in message and "\n" not in message and len(message) < 500
+    assert '{"prompt": ' in message and '{"text": ' in message
 
 
-def test_without_a_network_it_names_the_tokenizer_that_is_there(run_here, one_line, text):
-    one_line(run_here("count.py", "text.txt", cwd=text, ok=False), "--tokenizer tiny")
+@pytest.mark.parametrize("names", [["text.txt", "pairs.jsonl"], ["pairs.jsonl", "text.txt"], ["mixed.jsonl"]])
+def test_text_and_pairs_do_not_mix(text, pairs, tokenizer, names):
+    (text / "mixed.jsonl").write_bytes(PAIRS + b'{"text": "a"}\n')
+    for read in count_tokens, lambda *args: load_corpus(*args, 32):
+        with pytest.raises(ValueError, match=names[-1]):
+            read([text / name for name in names], tokenizer)
 
 
-# --- files of counts, and bands ---
+# --- what to train on, and what is held out ---
 
 
-def test_counts_are_scaled_and_added(text):
-    np.save(text / "a.npy", np.arange(1, 4097))
-    np.save(text / "b.npy", np.full(4096, 10.0))
-    assert (load_counts([f"{text}/a.npy:0.5"], 4096) == np.arange(1, 4097) / 2).all()
-    assert (load_counts([f"{text}/a.npy:0.5", f"{text}/b.npy"], 4096) == np.arange(1, 4097) / 2 + 10).all()
+@pytest.fixture(scope="session")
+def characters():
+    """A tokenizer with a token, 256 + i, for each of 20,000 characters: a text of them has none twice."""
+    ranks = {bytes([i]): i for i in range(256)} | {chr(0x4E00 + i).encode(): 256 + i for i in range(20_000)}
+    return tiktoken.Encoding("characters", pat_str=".", mergeable_ranks=ranks, special_tokens={EOT: 20256})
 
 
-def test_counts_of_few_bits_do_not_overflow(tmp_path):
-    np.save(tmp_path / "a.npy", np.array([65_535, 1], np.uint16))
-    assert load_counts([str(tmp_path / "a.npy")] * 2, 2).tolist() == [131_070, 2]
+def every_sequence(corpus):
+    """x and y of each training sequence once, in order."""
+    return corpus.batch(SimpleNamespace(integers=lambda n, size: np.arange(size)), len(corpus.starts))
 
 
-@pytest.mark.parametrize("scale", ["-1", "0", "1e400", "nan"])
-def test_a_scale_that_makes_no_counts_is_refused(tmp_path, scale):
-    np.save(tmp_path / "a.npy", np.arange(4))
-    with pytest.raises(ValueError, match="a.npy"):
-        load_counts([f"{tmp_path}/a.npy:{scale}"], 4)
+def held_out_targets(corpus):
+    y = corpus.held_out_batch(np.arange(len(corpus.held_out)))[1]
+    return y[y != -100]
 
 
-@pytest.mark.parametrize("counts", [
-    np.ones(5), np.ones((2, 2)), np.array([1, 2, 3, np.nan]), np.array([1, 2, 3, np.inf]),
-    np.array([1, -1, 1, 1]), np.zeros(4), np.array(["a"] * 4), np.array([1j] * 4),
-], ids=["length", "2-D", "nan", "inf", "negative", "zeros", "strings", "complex"])
-def test_what_are_no_counts_is_refused_by_name(tmp_path, counts):
-    np.save(tmp_path / "a.npy", counts)
-    with pytest.raises(ValueError, match="a.npy"):
-        load_counts([str(tmp_path / "a.npy")], 4)
+@pytest.mark.parametrize("n", [500, 1234, 20_000])
+def test_held_out_text_is_never_trained_on(characters, tmp_path, n):
+    (tmp_path / "a.txt").write_text("".join(chr(0x4E00 + i) for i in range(n)), encoding="utf-8")
+    corpus = load_corpus([tmp_path / "a.txt"], characters, 16)
+    trained = np.unique(every_sequence(corpus))
+    x, y = corpus.held_out_batch(np.arange(len(corpus.held_out)))
+    assert x.shape == y.shape == (len(x), 16) and (y == x + 1).all()
+    assert len(np.unique(y)) == y.size > 0.06 * n  # each held-out target once
+    assert sorted([*trained, *np.unique((x, y))]) == list(range(256, 256 + n))  # nothing is lost or in both
+    assert np.nonzero(corpus.freq)[0].tolist() == trained.tolist() and corpus.freq.max() == 1
+    assert count_tokens([tmp_path / "a.txt"], characters).sum() == n
+    drawn, _ = corpus.batch(np.random.default_rng(0), 20 * n)
+    assert set(drawn[:, 0]) == set(every_sequence(corpus)[0][:, 0]) and not np.isin(drawn, (x, y)).any()
+    # The example is a piece of the held-out text, in two parts.
+    assert np.isin(sum(corpus.example, []), (x, y)).all() and (np.diff(sum(corpus.example, [])) == 1).all()
+
+
+def test_too_little_to_hold_out_a_tenth_is_refused(text, tokenizer):
+    with pytest.raises(ValueError, match="text.txt.*--block_size 1024"):
+        load_corpus([text / "text.txt"], tokenizer, 1024)
+    with pytest.raises(ValueError, match="nine"):
+        load_corpus(write_pairs(text / "nine", [(f"Say {i}:", f" {i}") for i in range(9)]), tokenizer, 32)
+
+
+def test_without_a_file_it_is_the_reference_inside_every_python(tokenizer):
+    corpus = load_corpus(None, tokenizer, 32)
+    assert "Python" in corpus.description and len(corpus.tokens) > 50_000
+
+
+def test_pairs_carry_loss_on_completions_only(pairs, tokenizer):
+    corpus = load_corpus([pairs / "pairs.jsonl"], tokenizer, 64)
+    lines = map(json.loads, (pairs / "pairs.jsonl").read_text(encoding="utf-8").splitlines())
+    rows = [(line["prompt"], line["completion"] + EOT) for line in lines]
+    training, held_out = [row for i, row in enumerate(rows) if i % 10 != 9], rows[9::10]
+    x, y = every_sequence(corpus)
+    assert x.shape == y.shape == (90, 64)
+    for inputs, targets, row in zip(x.tolist(), y.tolist(), training):
+        prompt, completion = (tokens_of(tokenizer, text) for text in row)
+        assert inputs[: len(prompt)] == prompt  # each sequence starts with a pair
+        assert targets[: len(prompt) - 1] == [-100] * (len(prompt) - 1)
+        assert targets[len(prompt) - 1 :][: len(completion)] == completion
+    assert (corpus.freq == counts_of(tokenizer, *(completion for _, completion in training))).all()
+    # Each held-out completion once, in order.
+    assert tokenizer.decode(held_out_targets(corpus)) == "".join(completion for _, completion in held_out)
+    assert [tokenizer.decode(part) for part in corpus.example] == [row.removesuffix(EOT) for row in held_out[0]]
+    all_counts = corpus.freq + np.bincount(held_out_targets(corpus), minlength=4096)
+    assert (count_tokens([pairs / "pairs.jsonl"], tokenizer) == all_counts).all()
+
+
+def test_held_out_pairs_are_never_trained_on(characters, tmp_path):
+    texts = np.arange(600).reshape(200, 3)  # the characters of each pair are in no other
+    rows = [(chr(0x4E00 + a), chr(0x4E00 + b) + chr(0x4E00 + c)) for a, b, c in texts]
+    corpus = load_corpus(write_pairs(tmp_path / "a.jsonl", rows), characters, 16)
+    assert sorted(held_out_targets(corpus)) == [*(256 + texts[9::10, 1:]).flatten(), *[20256] * 20]
+    assert not np.isin(every_sequence(corpus), 256 + texts[9::10]).any()
+
+
+@pytest.mark.parametrize("n", [1, 9, 43])
+@pytest.mark.parametrize("prompt", ["", "Question {}:"])
+def test_every_tenth_prompt_is_held_out_or_of_fewer_than_ten_every_tenth_pair(tmp_path, tokenizer, n, prompt):
+    rows = [(prompt.format(i % n), f" Number {i}." if i % 3 else "") for i in range(120)]
+    corpus = load_corpus(write_pairs(tmp_path / "a.jsonl", rows), tokenizer, 32)
+    held_out = [c + EOT for i, (_, c) in enumerate(rows) if (i % n if prompt and n > 9 else i) % 10 == 9]
+    assert tokenizer.decode(held_out_targets(corpus)) == "".join(held_out)
+    assert tokenizer.decode(every_sequence(corpus)[0][0]).startswith((rows[0][0] or EOT) + EOT)
+
+
+@pytest.mark.parametrize("prompt, completion", [("one " * 80, " yes."), ("", " a" * 50), ("A", " a" * 50)])
+def test_a_long_pair_loses_its_start_and_then_its_end(tmp_path, tokenizer, prompt, completion):
+    corpus = load_corpus(write_pairs(tmp_path / "a.jsonl", [(prompt, completion)] * 20), tokenizer, 16)
+    completion = tokens_of(tokenizer, completion + EOT)[:16]
+    prompt = tokens_of(tokenizer, prompt or EOT)[-(17 - len(completion)) :]
+    for x, y in zip(*(rows.tolist() for rows in every_sequence(corpus))):
+        assert x[: len(prompt)] == prompt and y[len(prompt) - 1 :][: len(completion)] == completion
+    assert held_out_targets(corpus).tolist() == 2 * completion and corpus.freq.sum() == 18 * len(completion)
+    assert "--block_size 16" in corpus.description
+
+
+def test_the_digest_is_of_what_is_trained_and_evaluated_on(tmp_path, tokenizer):
+    rows = [(f"Say {i}:", " a b") for i in range(20)]
+    data = [rows]
+    for i in 0, 19:  # another token, or another border between prompt and completion, in training or held out
+        data += [rows[:i] + [pair] + rows[i + 1 :] for pair in ((f"Say {i}:", " a c"), (f"Say {i}: a", " b"))]
+    paths = [write_pairs(tmp_path / f"{i}.jsonl", rows) for i, rows in enumerate(data)]
+    (tmp_path / "zipped").write_bytes(gzip.compress((tmp_path / "0.jsonl").read_bytes()))
+    zipped, *digests = (load_corpus(p, tokenizer, 32).digest() for p in ([tmp_path / "zipped"], *paths))
+    assert zipped == digests[0] and len(set(digests)) == len(digests)
+
+
+# --- counts, and the command line ---
+
+
+def test_counts_are_scaled_and_added(tmp_path):
+    np.save(tmp_path / "a.npy", np.array([65_535, 1], np.uint16))  # 16 bits cannot hold the sum
+    np.save(tmp_path / "b.npy", np.full(2, 10.0))
+    a, b = f"{tmp_path}/a.npy", f"{tmp_path}/b.npy"
+    assert load_counts([a, a], 2).tolist() == [131_070, 2]
+    assert load_counts([f"{a}:0.5", b, f"{b}:1e1"], 2).tolist() == [32_877.5, 110.5]
+
+
+class Evil:
+    __reduce__ = lambda self: (print, ("a pickle was loaded",))
+
+
+@pytest.mark.parametrize("counts, scale", [
+    *((np.array(counts), "") for counts in ([1] * 5, [[1, 1]] * 2, 4, [1, 1, 1, np.nan], [1, 1, 1, np.inf])),
+    *((np.array(counts), "") for counts in ([1, -1, 1, 1], [0] * 4, ["a"] * 4, [1j] * 4, [Evil()] * 4)),
+    *((damaged, "") for damaged in (b"", b"text", b"PK\x03\x04")),
+    *((np.arange(4), scale) for scale in (":-1", ":0", ":1e400", ":nan", ":1.2.3", ":x")),
+])
+def test_a_file_or_scale_that_makes_no_counts_is_refused_by_name(tmp_path, capsys, counts, scale):
+    path = tmp_path / "a.npy"
+    path.write_bytes(counts) if isinstance(counts, bytes) else np.save(path, counts, allow_pickle=True)
+    with pytest.raises((ValueError, OSError), match="a.npy"):
+        load_counts([f"{path}{scale}"], 4)
+    assert not capsys.readouterr().out
 
 
 def test_bands_are_half_of_the_text_its_last_tenth_and_the_rest():
     counts = np.array([5, 0, 60, 4, 25, 1, 5])
     #                  r  r   f  r   m  r  m    of 100: 60 | 25 5 | 5 4 1, and what was never counted
-    assert [count.BANDS[i] for i in count.frequency_bands(counts)] == [
-        "middle", "rare", "frequent", "rare", "middle", "rare", "rare"]
+    assert "".join(count.BANDS[i][0] for i in count.frequency_bands(counts)) == "mrfrmrr"
+
+
+def test_from_the_command_line(run, tokenizer, tiny, tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one two\r\n")
+    run("count.py", "a.txt", "-", "--tokenizer", tiny, "-o", "c.npy", cwd=tmp_path, input="two three")
+    assert (np.load(tmp_path / "c.npy") == counts_of(tokenizer, f"one two\r\n{EOT}two three")).all()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "c.npy"]
+
+
+@pytest.mark.usefixtures("posix")
+def test_only_npy_files_are_replaced_and_only_by_whole_ones(run, run_here, one_line, text, tiny):
+    import resource
+
+    (text / "counts.npy").write_bytes(b"old")
+    before = {path: path.read_bytes() for path in text.iterdir()}
+    args, limits = ("count.py", "text.txt", "--tokenizer", tiny), (resource.RLIMIT_FSIZE, (1000, 1000))
+    one_line(run_here(*args, "-o", "text.txt", cwd=text, ok=False), "text.txt", status=2)
+    one_line(run(*args, cwd=text, ok=False, before=lambda: resource.setrlimit(*limits)), "counts.npy")
+    assert {path: path.read_bytes() for path in text.iterdir()} == before
