@@ -61,6 +61,11 @@ def main():
     except KeyboardInterrupt:
         say(f"\nstopped. To go on from the last save: python train.py --resume{flags}")
         raise
+    except (MemoryError, RuntimeError) as error:  # on a CPU torch raises no OutOfMemoryError
+        if isinstance(error, RuntimeError) and not re.search("(out of|allocate|enough) memory", str(error)):
+            raise
+        raise ValueError("out of memory: halve --batch_size and double --gradient_accumulation_steps, which "
+                         "is the same training, or lower --block_size") from None
     if len(reports) > 1:
         say(table_of_series(reports))
     say("now: python sample.py" + ("" if str(folder) == "out" else f" --init_from {quote(folder)}"))
@@ -346,7 +351,6 @@ def table_of_series(reports):
 
 # --- saving and resuming ---
 
-
 NOT_EMPTY = "{} is not an empty folder: --resume its run, or name another --out_dir"
 
 
@@ -399,11 +403,11 @@ def resume(folder, args, model, optimizer, same):
 
 def finished(folder, args):
     """The report of a run that needs no more steps, or None."""
-    path = folder / "report.json"
-    report = json.loads(path.read_bytes()) if args.resume and path.exists() else None
-    if report and report["args"]["max_iters"] == args.max_iters:
-        say(f"{folder} is finished; to train on, give --resume and a larger --max_iters")
-        return report
+    if args.resume and (folder / "report.json").exists():
+        report = json.loads((folder / "report.json").read_bytes())
+        if report["args"]["max_iters"] == args.max_iters:
+            say(f"{folder} is finished; to train on, give a larger --max_iters")
+            return report
 
 
 def flags_of(args):
@@ -497,17 +501,5 @@ def quote(path):
     return f'"{path}"' if re.search(r"\s", str(path)) else str(path)
 
 
-def main_in_memory():
-    """main, and what to do if memory runs out."""
-    try:
-        main()
-    except (RuntimeError, MemoryError) as error:  # on a CPU torch raises no OutOfMemoryError
-        if not isinstance(error, MemoryError) and not re.search(
-                "out of memory|can't allocate memory|not enough memory", str(error)):
-            raise
-        raise ValueError("out of memory: halve --batch_size and double --gradient_accumulation_steps, which "
-                         "is the same training, or lower --block_size") from None
-
-
 if __name__ == "__main__":
-    count.run(main_in_memory)
+    count.run(main)

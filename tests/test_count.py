@@ -124,7 +124,8 @@ def test_read_in_pieces_it_has_the_tokens_of_the_whole(golden, tmp_path, monkeyp
     shutil.copytree(golden / "plain", tmp_path, dirs_exist_ok=True)
     ids = {token: i for i, token in enumerate(added, 357)}
     (tmp_path / "added_tokens.json").write_text(json.dumps(ids), encoding="utf-8")
-    tokenizer, rng = load_tokenizer(tmp_path), random.Random(piece)
+    tokenizer = load_tokenizer(tmp_path)
+    rng = random.Random(piece)
     texts = ["".join(rng.choices(ATOMS, k=2000)).lstrip("\ufeff") + "." for _ in range(3)]
     paths = [tmp_path / name for name in ("a.txt", "b.txt.gz", "c.txt")]
     for path, text in zip(paths, texts):
@@ -300,7 +301,7 @@ def test_pairs_carry_loss_on_completions_only(pairs, tokenizer):
     assert (corpus.freq == counts_of(tokenizer, *(completion for _, completion in training))).all()
     # Each held-out completion once, in order.
     assert tokenizer.decode(held_out_targets(corpus)) == "".join(completion for _, completion in held_out)
-    assert [tokenizer.decode(part) for part in corpus.example] == [row.removesuffix(EOT) for row in held_out[0]]
+    assert [*map(tokenizer.decode, corpus.example)] == [text.removesuffix(EOT) for text in held_out[0]]
     all_counts = corpus.freq + np.bincount(held_out_targets(corpus), minlength=4096)
     assert (count_tokens([pairs / "pairs.jsonl"], tokenizer) == all_counts).all()
 
@@ -366,12 +367,13 @@ class Evil:
     *((damaged, "") for damaged in (b"", b"text", b"PK\x03\x04")),
     *((np.arange(4), scale) for scale in (":-1", ":0", ":1e400", ":nan", ":1.2.3", ":x")),
 ])
-def test_a_file_or_scale_that_makes_no_counts_is_refused_by_name(tmp_path, capsys, counts, scale):
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # by default Python does not show these
+def test_a_file_or_scale_that_makes_no_counts_is_refused_by_name(tmp_path, capsys, recwarn, counts, scale):
     path = tmp_path / "a.npy"
     path.write_bytes(counts) if isinstance(counts, bytes) else np.save(path, counts, allow_pickle=True)
     with pytest.raises((ValueError, OSError), match="a.npy"):
         load_counts([f"{path}{scale}"], 4)
-    assert not capsys.readouterr().out
+    assert not capsys.readouterr().out and not recwarn.list
 
 
 def test_bands_are_half_of_the_text_its_last_tenth_and_the_rest():

@@ -128,9 +128,11 @@ def test_generation_with_the_cache_is_generation_without_it():
     expected = torch.tensor([[1, 2, 3], [4, 5, 6]])
     for _ in range(30):  # well past the context window of 12
         expected = torch.cat((expected, model(expected[:, -12:])[:, -1].argmax(-1, keepdim=True)), dim=1)
+    model.train()  # generation drops out nothing, and leaves the model as it was
     assert torch.equal(model.generate(expected[:, :20], 13, temperature=0), expected)
     for how in {"temperature": 0}, {"temperature": 1e-38}, {"top_k": 1}, {"top_p": 1e-9}, {"top_p": 1e-300}:
         assert torch.equal(model.generate(expected[:, :3], 30, **how), expected)
+    assert model.training
 
 
 def test_top_k_and_top_p_draw_from_the_probabilities_of_transformers(monkeypatch):
@@ -195,7 +197,12 @@ def test_dropout_and_checkpointing():
     model, idx, calls = GPT.from_pretrained(GOLDEN).train(), torch.arange(12)[None], []
     model.set_dropout(0.5)
     assert not torch.equal(model(idx), model(idx))
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    assert not torch.equal(model(idx), model(idx))  # attention drops out, too
     model.set_dropout(0.0)
+    assert torch.equal(model(idx), model(idx))
     for block in model.h:
         block.mlp.register_forward_pre_hook(lambda *args: calls.append(1))
     plain = torch.autograd.grad(model(idx).square().sum(), model.wpe.weight)[0]
@@ -228,11 +235,14 @@ def headers():
     return [len(text).to_bytes(8, "little") + text for text in (b"{]}]", b"\xff", b"[" * 100_000, *texts)]
 
 
+WHOLE_FILES = (SAFE, safetensors(STATE)), (BIN, pickled(STATE))
+
+
 @pytest.mark.parametrize("file, content", [
     *((SAFE, start + bytes(1488)) for start in headers()),
     *((SAFE, content) for content in (b"", b"\2\0\0\0\0", b"\xff" * 8 + b"{}", bytes(7) + b"\x40")),
-    *((BIN, content) for content in (b"", b"PK\3\4", b"\x80\2}q\0.", pickle.dumps(Malicious()))),
-    *((file, whole[:-n]) for file, whole in ((SAFE, safetensors(STATE)), (BIN, pickled(STATE))) for n in (1, 999)),
+    *((BIN, content) for content in (b"", b"PK\3\4", b"\x80\2}q\0.", pickle.dumps(Malicious(), protocol=2))),
+    *((file, whole[:-n]) for n in (1, 999) for file, whole in WHOLE_FILES),
     *((BIN, pickled(state, zipped)) for zipped in (True, False) for state in (
         Malicious(), STATE | {"a": Malicious()}, [], 3, STATE[WTE], {1: STATE[WTE]}, {"state_dict": STATE},
         STATE | {WTE: STATE[WTE].to_sparse()}, STATE | {WTE: STATE[WTE].to("meta")})),
@@ -410,7 +420,7 @@ def test_what_is_no_gpt2_is_refused_before_its_weights_are_downloaded(hub, tmp_p
     assert SAFE not in downloaded(tmp_path)
 
 
-@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:1", "http://no.invalid", "hub", "http://["])
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:1", "http://no.invalid", "hub", "http://127.0.0.1:x"])
 def test_without_a_network_one_line_says_so(endpoint, hub, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", endpoint)
     refused("gpt2", "gpt2", OSError)
