@@ -55,7 +55,8 @@ def load_tokenizer(name_or_folder):
         if any(vocab[a] > vocab[b] for a, b in zip(merged, merged[1:])):
             raise ValueError("its ids are not in the order of its merges")  # in which tiktoken merges
         ids = sorted((vocab | added).values())
-        if END_OF_TEXT not in added or ids != [*range(len(ids))] or {*ranks.values(), *added.values()} != {*ids}:
+        used = {*ranks.values(), *added.values()}
+        if END_OF_TEXT not in added or ids != [*range(len(ids))] or used != {*ids}:
             raise ValueError(f"it lacks {END_OF_TEXT}, or has ids or tokens that are never used")
     except Exception as error:  # a stranger's file can hold anything
         reason = f"{error} is missing" if isinstance(error, KeyError) else line_of(error)

@@ -4,7 +4,7 @@ GPT-2 (Radford et al. 2019): the network and how it generates, then checkpoint f
     model = GPT.from_pretrained("gpt2")     # a released model, OWNER/NAME on the hub, or a folder
     logits = model(idx)                     # (B, T) int64 -> (B, T, vocab_size)
 
-Module names and files are those of Hugging Face. This file knows neither the loss (pdl.py) nor text (count.py).
+Module names and files are Hugging Face's. This file knows neither the loss (pdl.py) nor text (count.py).
 """
 
 import http.client
@@ -197,8 +197,10 @@ class GPT(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = asdict(self.config)
-        own = {"architectures": ["GPT2LMHeadModel"], "bos_token_id": self.config.eos_token_id}
-        config = GPT2 | own | config.pop("other") | config
+        new = {"architectures": ["GPT2LMHeadModel"], "bos_token_id": self.config.eos_token_id}
+        config = GPT2 | new | config.pop("other") | config
+        for name in {"dtype", "torch_dtype"} & config.keys():  # what the file holds
+            config[name] = str(dtype).removeprefix("torch.")
         write_json(folder / "config.json", config)
         if self.generation_config:
             write_json(folder / "generation_config.json", self.generation_config)
@@ -248,11 +250,11 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def read_config(folder):
-    """The GPT that config.json describes, still without weights (on torch's meta device). Raises ValueError."""
+    """The GPT that config.json describes, without weights (on torch's meta device). Raises ValueError."""
     try:
         given = json.loads((folder / "config.json").read_bytes())
         for name, value in GPT2.items():
-            if given.get(name, value) not in (value, "gelu_pytorch_tanh"):  # another name of gelu_new
+            if given.get(name, value) != value and given[name] != "gelu_pytorch_tanh":  # the same as gelu_new
                 raise ValueError(f"{name} is {given[name]!r}, not {value!r}")
         given.setdefault("n_positions", given.get("n_ctx", GPTConfig.n_positions))
         own = GPTConfig.__dataclass_fields__.keys() - {"other"}
@@ -267,7 +269,8 @@ def read_config(folder):
             model.generation_config = {} | json.loads((folder / "generation_config.json").read_bytes())
         return model
     except Exception as error:  # a stranger's file can hold anything
-        raise ValueError(f"{folder}: config.json or generation_config.json describes no GPT-2: {line_of(error)}") from None
+        raise ValueError(f"{folder}: config.json or generation_config.json is not GPT-2's: "
+                         f"{line_of(error)}") from None
 
 
 def read_weights(folder, model):
@@ -276,13 +279,14 @@ def read_weights(folder, model):
     if path is None:
         raise FileNotFoundError(f"{folder} has neither {' nor '.join(WEIGHTS)}")
     try:
-        state = load_state(path) if path.suffix == ".bin" else read_safetensors(path)
-        state = {name.removeprefix("transformer."): turn(name, w).float().contiguous()
-                 for name, w in state.items() if not name.endswith(NOT_WEIGHTS)}
-        found, wanted = ({name: tuple(w.shape) for name, w in of.items()} for of in (state, model.state_dict()))
+        stored = load_state(path) if path.suffix == ".bin" else read_safetensors(path)
+        state = {name.removeprefix("transformer."): turn(name, stored.pop(name)).float().contiguous()
+                 for name in list(stored) if not name.endswith(NOT_WEIGHTS)}
+        found = {name: tuple(w.shape) for name, w in state.items()}
+        wanted = {name: tuple(w.shape) for name, w in model.state_dict().items()}
         for name in sorted(found.keys() | wanted.keys()):
             if found.get(name) != wanted.get(name):
-                raise ValueError(f"{name!a} has shape {found.get(name)}, and {wanted.get(name)} by config.json")
+                raise ValueError(f"{name!a} has shape {found.get(name)}, in config.json {wanted.get(name)}")
             if not state[name].isfinite().all():
                 raise ValueError(f"{name} is NaN or infinite")
         return state
@@ -307,15 +311,16 @@ def read_safetensors(path):
         if start > size:
             raise ValueError("it is cut short")
         header, state = json.loads(file.read(start - 8)), {}
-        for name in header.keys() - {"__metadata__"}:
-            begin, end = header[name]["data_offsets"]
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
             if not 0 <= begin <= end <= size - start:
                 raise ValueError("it is cut short")
             if not name.endswith(NOT_WEIGHTS):  # which may have other dtypes
-                data = torch.empty(end - begin, dtype=torch.uint8)  # a copy, as tensors may be unaligned
+                data = torch.empty(end - begin, dtype=torch.uint8)  # read, since a tensor may be unaligned
                 file.seek(start + begin)
                 file.readinto(data.numpy())
-                state[name] = data.view(DTYPES[header[name]["dtype"]]).view(header[name]["shape"])
+                state[name] = data.view(DTYPES[entry["dtype"]]).view(entry["shape"])
         return state
 
 
@@ -348,7 +353,7 @@ def replace(path, write):
         write(part)
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError when the disk is full
-        raise OSError(f"{path} could not be written ({line_of(error)}); what was there before is untouched") from None
+        raise OSError(f"{path} could not be written ({line_of(error)}); what was there is untouched") from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -375,7 +380,7 @@ def checkpoint_folder(name_or_folder, weights=True):
     """
     name = str(name_or_folder)
     repo = RELEASED.get(name_or_folder, name)  # ./gpt2 and Path("gpt2") are folders, "gpt2" is not
-    if repo == name and (Path(name).is_dir() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)):
+    if repo == name and (Path(name).exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)):
         folder = Path(name)
     else:
         own = Path(torch.hub.get_dir(), "pdl", repo.replace("/", "--"))
@@ -384,7 +389,8 @@ def checkpoint_folder(name_or_folder, weights=True):
         if not is_complete(folder, weights):
             fetch(name, repo, own, weights)
     if not is_complete(folder, weights):
-        raise FileNotFoundError(f"{name} is no checkpoint that can be used: {whats_wrong(folder)}")
+        tokenizer = "it has neither tokenizer.json nor vocab.json and merges.txt"
+        raise FileNotFoundError(f"{name} cannot be used: {whats_wrong(folder) if weights else tokenizer}")
     return folder
 
 
@@ -442,12 +448,15 @@ def download(repo, path):
             with open(part, "wb") as file:
                 while data := reply.read(1 << 22):
                     done += file.write(data)
-                    if sys.stderr.isatty() and size:
-                        print(f"{path.name}: {done / size:.0%} of {size:,} bytes", end="\r", file=sys.stderr)
+                    if sys.stderr.isatty():
+                        print(f"{path.name}: {done:,} of {size:,} bytes\033[K", end="\r", file=sys.stderr)
         if size and done != size:
             raise OSError(f"{path.name}: {done:,} of {size:,} bytes came; try again")
+        with open(part, "rb") as file:
+            if file.read(5).lower() in (b"<html", b"<!doc"):
+                raise ValueError("a log-in page")
         if path.suffix == ".json":
-            json.loads(part.read_bytes())  # a log-in page is none
+            json.loads(part.read_bytes())
         os.replace(part, path)
     except urllib.error.HTTPError as error:
         if error.code != 404:

@@ -15,8 +15,8 @@ from model import GPT, pick_device, pick_dtype
 def shift(counts, x):
     """-x * log(freq(t)), to be added to the logits: (V,) float32. Unseen tokens count as seen once.
 
-    Eq. 5 is minimized by q(t) ~ w(t) p(t). A plain model predicts p, and a shift by alpha makes it q. A model that
-    is trained with PDL predicts q, and a shift by -alpha makes it p.
+    Eq. 5 is minimized by q(t) ~ w(t) p(t). A plain model predicts p, and a shift by alpha makes it q. A model
+    that is trained with PDL predicts q, and a shift by -alpha makes it p.
     """
     if counts.max() <= 1:
         raise ValueError("these are probabilities, but a shift needs counts: count.py makes them")

@@ -231,8 +231,8 @@ def all_sum(tensor):
 def evaluate(args, model, corpus, weights, device, logit_bias=None):
     """How well held-out text is predicted, in all and by the frequency band of the target.
 
-    val_ce is plain cross-entropy in nats, val_pdl the loss that is trained: Eq. 5 over the sum of the weights.
-    A band without targets is left out.
+    val_ce is plain cross-entropy in nats. val_pdl is the loss that is trained, Eq. 5 divided by the sum of the
+    weights. A band without targets is left out.
     """
     n = args.eval_iters * args.batch_size * args.gradient_accumulation_steps
     rows = np.unique(np.linspace(0, len(corpus.held_out) - 1, n).astype(int))[RANK::WORLD_SIZE]
@@ -253,7 +253,8 @@ def evaluate(args, model, corpus, weights, device, logit_bias=None):
                 sums.index_add_(1, bands[t], torch.stack((torch.ones_like(ce), ce, right, w, w * ce)))
     model.train()
     n, ce, right, w, w_ce = all_sum(sums)  # (3,) each
-    result = {"val_ce": ce.sum() / n.sum(), "val_pdl": w_ce.sum() / w.sum(), "accuracy": right.sum() / n.sum()}
+    result = {"val_ce": ce.sum() / n.sum(), "val_pdl": w_ce.sum() / w.sum(),
+              "accuracy": right.sum() / n.sum()}
     by_band = {"ce_by_band": ce / n, "accuracy_by_band": right / n, "share_of_text": n / n.sum(),
                "share_of_weight": w / w.sum()}
     return {name: value.item() for name, value in result.items()} | {
@@ -307,8 +308,8 @@ def log_step(args, folder, step, loss, clock):
 def log(folder, **entry):
     """Add a line to log.jsonl. Raises ValueError if the loss is NaN: nothing is saved after that."""
     if not all(map(math.isfinite, entry.values())):
-        raise ValueError(f"the loss became NaN at step {entry['iter']}; {folder} keeps the last save. Start again "
-                         "with a lower --learning_rate and another --out_dir")
+        raise ValueError(f"the loss became NaN at step {entry['iter']}; {folder} keeps the last save. Start "
+                         "again with a lower --learning_rate and another --out_dir")
     if RANK == 0:
         with open(folder / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
@@ -324,8 +325,8 @@ def table_of_run(report):
         (ce, right), (ce_after, right_after) = (
             (of["ce_by_band"].get(band, of["val_ce"]), of["accuracy_by_band"].get(band, of["accuracy"]))
             for of in (before, after))
-        lines.append(f"{band:<18}{text:9.1%}{weight:10.1%}   {ce:8.3f}{ce_after:9.3f}{ce_after - ce:+10.3f}   "
-                     f"{right:9.1%}{right_after:9.1%}")
+        lines.append(f"{band:<18}{text:9.1%}{weight:10.1%}   {ce:8.3f}{ce_after:9.3f}{ce_after - ce:+10.3f}"
+                     f"   {right:9.1%}{right_after:9.1%}")
     lines.append(f"These are the weights of step {after['iter']}, the best by held-out PDL.")
     sample = report["sample"]
     lines += ["", "--- a held-out prompt ---", sample["prompt"], "--- the model goes on ---", sample["model"],

@@ -90,16 +90,16 @@ CHANGES = {
     **{flag: lambda t, flag=flag: t["added_tokens"].append({"id": 357, "content": "[PAD]", flag: True})
        for flag in ("lstrip", "rstrip", "single_word")},
 }
-FILES = [
+
+
+@pytest.mark.parametrize("name, change", [
+    *(("tokenizer.json", change) for change in CHANGES),
     *(("tokenizer.json", damaged) for damaged in ("", "{", "3", '{"model": 3}', "\0", "[" * 100_000)),
     *(("vocab.json", damaged) for damaged in ("", "[]", "null", '{"a": "b"}')),
     ("merges.txt", "#version: 0.2\na b c\n"), ("added_tokens.json", "["),
     ("tokenizer_config.json", '{"add_prefix_space": true}'),
     ("tokenizer_config.json", '{"added_tokens_decoder": {"357": {"content": "[PAD]", "lstrip": true}}}'),
-]
-
-
-@pytest.mark.parametrize("name, change", [*(("tokenizer.json", change) for change in CHANGES), *FILES])
+])
 def test_a_tokenizer_with_other_ids_or_damage_is_refused_in_one_line(content, golden, tmp_path, name, change):
     if change in CHANGES:
         CHANGES[change](content)
@@ -122,10 +122,8 @@ ATOMS = ["the", "I'll", "'s", "'", " ", " ", " ", "  ", "\n", "\n\n", "\r\n", "\
 @pytest.mark.parametrize("piece", [1, 2, 50])
 def test_read_in_pieces_it_has_the_tokens_of_the_whole(golden, tmp_path, monkeypatch, added, piece):
     shutil.copytree(golden / "plain", tmp_path, dirs_exist_ok=True)
-    ids = {token: i for i, token in enumerate(added, 357)}
-    (tmp_path / "added_tokens.json").write_text(json.dumps(ids), encoding="utf-8")
-    tokenizer = load_tokenizer(tmp_path)
-    rng = random.Random(piece)
+    (tmp_path / "added_tokens.json").write_bytes(json_lines({token: i for i, token in enumerate(added, 357)}))
+    tokenizer, rng = load_tokenizer(tmp_path), random.Random(piece)
     texts = ["".join(rng.choices(ATOMS, k=2000)).lstrip("\ufeff") + "." for _ in range(3)]
     paths = [tmp_path / name for name in ("a.txt", "b.txt.gz", "c.txt")]
     for path, text in zip(paths, texts):
@@ -139,11 +137,10 @@ def test_read_in_pieces_it_has_the_tokens_of_the_whole(golden, tmp_path, monkeyp
     assert len(pieces) > 20 or piece < 50 or "ze bra" in added  # it was cut
 
 
-NO_CUT = ["a", "\x1c", "=", "0", "'", "\n", "\u00a0", "ab", "!'", "'s\u00e9", "\u4e2d\u6587",
-          "\U0001f469\u200d", string.ascii_letters, string.digits, string.punctuation, " \t\n\r"]
-
-
-@pytest.mark.parametrize("alphabet", NO_CUT, ids=ascii)
+@pytest.mark.parametrize("alphabet", [
+    "a", "\x1c", "=", "0", "'", "\n", "\u00a0", "ab", "!'", "'s\u00e9", "\u4e2d\u6587", "\U0001f469\u200d",
+    string.ascii_letters, string.digits, string.punctuation, " \t\n\r",
+], ids=ascii)
 def test_text_without_a_place_to_cut(tokenizer, tmp_path, monkeypatch, alphabet):
     """Megabytes of it, if it is one character."""
     monkeypatch.setattr(count, "PIECE", 1000)
@@ -367,13 +364,13 @@ class Evil:
     *((damaged, "") for damaged in (b"", b"text", b"PK\x03\x04")),
     *((np.arange(4), scale) for scale in (":-1", ":0", ":1e400", ":nan", ":1.2.3", ":x")),
 ])
-@pytest.mark.filterwarnings("ignore::ResourceWarning")  # by default Python does not show these
 def test_a_file_or_scale_that_makes_no_counts_is_refused_by_name(tmp_path, capsys, recwarn, counts, scale):
     path = tmp_path / "a.npy"
     path.write_bytes(counts) if isinstance(counts, bytes) else np.save(path, counts, allow_pickle=True)
     with pytest.raises((ValueError, OSError), match="a.npy"):
         load_counts([f"{path}{scale}"], 4)
-    assert not capsys.readouterr().out and not recwarn.list
+    assert not capsys.readouterr().out
+    assert not any(warning.category is RuntimeWarning for warning in recwarn)  # it would be another line
 
 
 def test_bands_are_half_of_the_text_its_last_tenth_and_the_rest():

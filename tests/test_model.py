@@ -269,8 +269,8 @@ def test_weights_that_do_not_fit_are_one_line(name, w, tmp_path):
     *(("generation_config.json", content) for content in ("", "[]", "[" * 100_000)),
     *(("config.json", {name: value}) for name, value in [
         ("model_type", "t5"), ("activation_function", "relu"), ("scale_attn_by_inverse_layer_idx", True),
-        ("tie_word_embeddings", False), ("n_head", 5), ("n_head", math.inf), ("n_embd", None), ("n_layer", -1),
-        ("n_layer", True), ("n_inner", "wide"), ("vocab_size", 10**30), ("embd_pdrop", 2),
+        ("tie_word_embeddings", False), ("n_head", 5), ("n_head", math.inf), ("n_embd", None),
+        ("n_layer", -1), ("n_layer", True), ("n_inner", "wide"), ("vocab_size", 10**30), ("embd_pdrop", 2),
         ("layer_norm_epsilon", "x")]),
 ], ids=lambda content: str(content)[:40])
 def test_another_config_is_one_line(file, content, tmp_path):
