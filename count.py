@@ -58,11 +58,10 @@ def load_tokenizer(name_or_folder):
         used = {*ranks.values(), *added.values()}
         if END_OF_TEXT not in added or ids != [*range(len(ids))] or used != {*ids}:
             raise ValueError(f"it lacks {END_OF_TEXT}, or has ids or tokens that are never used")
+        return tiktoken.Encoding(str(folder), pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=added)
     except Exception as error:  # a stranger's file can hold anything
         reason = f"{error} is missing" if isinstance(error, KeyError) else line_of(error)
         raise ValueError(f"{folder}: only tokenizers like GPT-2's can be used: {reason}") from None
-    name = hashlib.sha256(repr((ranks, added)).encode()).hexdigest()
-    return tiktoken.Encoding(name, pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=added)
 
 
 def _read_tokenizer(folder):
@@ -102,8 +101,9 @@ def encode(text, tokenizer):
             np.array([tokenizer._special_tokens[part]], np.uint32) if i % 2
             else tokenizer.encode_to_numpy(part, disallowed_special=()) for i, part in enumerate(parts)
         ])
-    except ValueError:  # from its regular expression
-        raise ValueError("the text has more white space in a row than tiktoken can split") from None
+    except ValueError:  # from its regular expression, or UnicodeEncodeError
+        raise ValueError("tiktoken cannot split this text: it has too much white space in a row, or lone "
+                         "surrogates") from None
 
 
 def encode_stream(texts, tokenizer):
@@ -124,18 +124,14 @@ LAST_CUT = re.compile(r"(?s).*\S(?=[ \n]\S)")
 
 def _pieces(texts, tokenizer):
     """Cut a stream of strings anew, only where no token can span the cut."""
-    has_space = any(re.search(r"\s", token) for token in tokenizer.special_tokens_set)  # then nothing is cut
-    uncut, rest = [], ""
+    can_cut = not any(re.search(r"\s", token) for token in tokenizer.special_tokens_set)
+    uncut = []
     for text in texts:
-        rest += text
-        cut = None if has_space else LAST_CUT.match(rest)
-        if cut:
-            yield "".join(uncut) + rest[: cut.end()]
-            uncut, rest = [], rest[cut.end() :]
-        else:
-            uncut.append(rest[:-2])
-            rest = rest[-2:]  # the next text may show that these can be cut
-    yield "".join(uncut) + rest
+        if can_cut and (cut := LAST_CUT.match(text)):
+            yield "".join(uncut) + cut[0]
+            uncut, text = [], text[cut.end() :]
+        uncut.append(text)
+    yield "".join(uncut)
 
 
 # --- reading ---
@@ -166,7 +162,7 @@ def _read(paths):
         try:
             for item in _read_file(path):
                 if kind not in (None, type(item)):
-                    raise ValueError(f"{path} cannot follow {paths[0]}: give either pairs or text")
+                    raise ValueError(f"{path}: give either pairs or text, not both")
                 kind = type(item)
                 if kind is str:
                     end = (end + item)[-len(END_OF_TEXT) :]
@@ -198,20 +194,22 @@ def _read_file(path):
 
 
 def _parse(path, number, line):
-    """A line of JSON Lines: (prompt, completion), or a document with its end of text."""
+    """A line of JSON Lines: (prompt, completion), or a document. It ends with exactly one end of text."""
     try:
         entry = json.loads(line)
-        values = [entry["text"]] if "text" in entry else [entry["prompt"], entry["completion"]]
+        values = [entry["prompt"], entry["completion"]] if "prompt" in entry else [entry["text"]]
         "".join(values).encode()  # they are strings, and Unicode
     except (ValueError, TypeError, KeyError, RecursionError):
         raise ValueError(f"{path} line {number} is {line.strip()[:60]!r}, but must be {FORMAT}") from None
-    return tuple(values) if len(values) == 2 else values[0] + END_OF_TEXT
+    *prompt, last = values
+    last = last.removesuffix(END_OF_TEXT) + END_OF_TEXT
+    return (*prompt, last) if prompt else last
 
 
 def encode_pairs(pairs, tokenizer):
-    """Yields prompts and completions as tokens. An end of text ends a completion, or is an empty prompt."""
+    """Yields prompts and completions as tokens. An end of text stands for an empty prompt."""
     for prompt, completion in pairs:
-        yield encode(prompt or END_OF_TEXT, tokenizer), encode(completion + END_OF_TEXT, tokenizer)
+        yield encode(prompt or END_OF_TEXT, tokenizer), encode(completion, tokenizer)
 
 
 # --- what to train on, and what to evaluate on ---
@@ -287,7 +285,8 @@ def load_corpus(paths, tokenizer, block_size):
 
 def _corpus_of_text(name, texts, tokenizer, T):
     """Every tenth stretch is held out, rather than the end, because the parts of a text differ."""
-    tokens = np.concatenate([piece.astype(_dtype(tokenizer)) for piece in encode_stream(texts, tokenizer)])
+    dtype = np.min_scalar_type(tokenizer.n_vocab)  # uint16 for GPT-2's
+    tokens = np.concatenate([piece.astype(dtype) for piece in encode_stream(texts, tokenizer)])
     if len(tokens) < 10 * (T + 1):
         raise ValueError(f"{name} has {len(tokens):,} tokens, but to hold out a tenth --block_size {T} needs "
                          f"{10 * (T + 1):,}: lower it, or give more text")
@@ -312,16 +311,16 @@ def _corpus_of_pairs(name, pairs, tokenizer, T):
     pairs as fit. A pair that is too long loses the start of its prompt, then the end of its completion.
     """
     tokens, carries_loss, lengths, numbers, number_of = bytearray(), bytearray(), [], [], {}
-    n_cut = 0
+    dtype, n_cut = np.min_scalar_type(tokenizer.n_vocab), 0
     for prompt, completion in encode_pairs(pairs, tokenizer):
         numbers.append(number_of.setdefault(hash(prompt.tobytes()), len(number_of)))  # a hash saves memory
         n_cut += len(prompt) + len(completion) > T + 1
         prompt = prompt[-max(1, T + 1 - len(completion)) :]
         completion = completion[: T + 1 - len(prompt)]
-        tokens += np.concatenate((prompt, completion)).astype(_dtype(tokenizer)).tobytes()
+        tokens += np.concatenate((prompt, completion)).astype(dtype).tobytes()
         carries_loss += b"\0" * len(prompt) + b"\1" * len(completion)
         lengths.append(len(prompt) + len(completion))
-    tokens, carries_loss = np.frombuffer(tokens, _dtype(tokenizer)), np.frombuffer(carries_loss, bool)
+    tokens, carries_loss = np.frombuffer(tokens, dtype), np.frombuffer(carries_loss, bool)
     lengths, numbers = np.array(lengths), np.array(numbers)
     # With fewer than ten different prompts, every tenth pair is held out.
     held_out = (numbers if len(number_of) >= 10 else np.arange(len(lengths))) % 10 == 9  # (pairs,)
@@ -349,10 +348,6 @@ def _corpus_of_pairs(name, pairs, tokenizer, T):
     prompt = int(carries_loss.argmax())  # tokens before the first that carries loss
     example = tokens[:prompt].tolist(), tokens[prompt : lengths[0] - 1].tolist()  # without the end of text
     return Corpus(description, T, training, training_loss, starts, rows, rows_loss, example)
-
-
-def _dtype(tokenizer):
-    return np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
 
 
 # --- counts ---
@@ -383,23 +378,22 @@ def load_counts(files, n_vocab):
     Raises OSError or ValueError for anything but n_vocab numbers that are finite and not negative.
     """
     total = np.zeros(n_vocab)
-    for file in files:
-        scaled = re.fullmatch(r"(.+):([0-9.]+(?:[eE][0-9+-]+)?)", file)
-        path, scale = scaled.groups() if scaled else (file, 1)
-        try:
-            counts = np.load(path, allow_pickle=False) * float(scale)
-            valid = np.isrealobj(counts) and counts.ndim == 1 and counts.any()
-            valid = valid and np.isfinite(counts).all() and (counts >= 0).all()
-        except OSError:
-            raise
-        except Exception:  # another kind of file, or an array of something else than numbers
-            valid = False
+    for name in files:
+        scaled = re.fullmatch(r"(.+):([0-9.]+(?:[eE][0-9+-]+)?)", name)
+        path, scale = scaled.groups() if scaled else (name, 1)
+        with open(path, "rb") as file:
+            try:
+                counts, scale = np.lib.format.read_array(file, allow_pickle=False), float(scale)
+                valid = counts.ndim == 1 and counts.dtype.kind in "buif" and 0 < scale < float("inf")
+                valid = valid and np.isfinite(counts).all() and (counts >= 0).all() and counts.any()
+            except ValueError:  # another kind of file
+                valid = False
         if not valid:
-            raise ValueError(f"--counts {file} is not an array of counts: count.py writes one")
+            raise ValueError(f"--counts {name} is not an array of counts: count.py writes one")
         if len(counts) != n_vocab:
             raise ValueError(f"--counts {path} has {len(counts):,} entries, but the model's tokenizer has "
                              f"{n_vocab:,} tokens: count again with count.py --tokenizer")
-        total += counts
+        total += scale * counts
     return total
 
 
@@ -412,7 +406,6 @@ def frequency_bands(counts):
     before = np.cumsum(counts[order]) - counts[order]  # tokens of the text that are more frequent
     band = np.empty(len(counts), np.int64)
     band[order] = np.digitize(before / counts.sum(), [0.5, 0.9])
-    band[counts == 0] = 2
     return band
 
 
