@@ -223,6 +223,17 @@ def verdict(of_task, on_average, claim):
     return {1: "yes", 0: "not shown", -1: "no, the opposite"}[on_average.sign()]
 
 
+def table_for_readme(record):
+    """What each method changes against plain finetuning, on average over the tasks."""
+    measures = nats("rare"), nats("all"), at_equal_diversity("rare_f1"), at_equal_diversity("bleu")
+    rows = [[name, *(f"{compare(record, TASKS, method, of):{digits}}" for of, digits in
+                     zip(measures, (".2f", ".2f", ".3f", ".3f")))]
+            for name, method in (("PDL 0.25, rising", RISING), ("PDL 0.25", "PDL 0.25"), ("PDL 0.5", "PDL 0.5"),
+                                 ("shift 0.25, no training", "plain, shift 0.25"))]
+    return table(["against plain finetuning", "rare tokens, nats", "all tokens, nats", "F1 of rare tokens",
+                  "BLEU-4"], rows)
+
+
 def table_of_claims(results, by_task=False):
     """A row for each claim: the average over the tasks that have the methods; by_task: and each of them."""
     rows = []
