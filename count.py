@@ -3,8 +3,8 @@ Count how often each token occurs in text: the freq(t) of Power-Law Decay Loss.
 
     python count.py TEXT [TEXT ...] [-o counts.npy] [--tokenizer gpt2|FOLDER]
 
-This file is all that happens to text before a model sees it: the tokenizer, reading, counting, and the Corpus
-of sequences to train on and to evaluate on. It trains no tokenizer, and knows nothing of networks or losses.
+This file is all that happens to text before a model sees it: the tokenizer, reading, the sequences to train
+on and to evaluate on, counts. It also has what the scripts share on the command line. It trains no tokenizer.
 """
 
 import argparse
@@ -53,12 +53,13 @@ def load_tokenizer(name_or_folder):
         merged = [left + right for left, right in merges]
         ranks = {bytes(byte_of[c] for c in token): vocab[token] for token in (*byte_of, *merged)}
         if any(vocab[a] > vocab[b] for a, b in zip(merged, merged[1:])):
-            raise ValueError("its ids are not in the order of its merges")  # in which tiktoken merges
+            raise ValueError("its ids are not in the order of its merges")  # tiktoken merges by id
         ids = sorted((vocab | added).values())
         used = {*ranks.values(), *added.values()}
         if END_OF_TEXT not in added or ids != [*range(len(ids))] or used != {*ids}:
             raise ValueError(f"it lacks {END_OF_TEXT}, or has ids or tokens that are never used")
-        return tiktoken.Encoding(str(folder), pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=added)
+        return tiktoken.Encoding(str(folder), pat_str=r50k_pat_str, mergeable_ranks=ranks,
+                                 special_tokens=added)
     except Exception as error:  # a stranger's file can hold anything
         reason = f"{error} is missing" if isinstance(error, KeyError) else line_of(error)
         raise ValueError(f"{folder}: only tokenizers like GPT-2's can be used: {reason}") from None
@@ -78,7 +79,7 @@ def _read_tokenizer(folder):
         adds_space = adds_space or splitter.get("add_prefix_space", True)
         if (whole.get("normalizer") or model.get("type", "BPE") != "BPE"
                 or splitter.get("type") != "ByteLevel" or not splitter.get("use_regex", True)):
-            raise ValueError("this one has another model, normalizer or pre_tokenizer")
+            raise ValueError("its model, normalizer or pre_tokenizer is not GPT-2's")
     else:
         vocab = json.loads((folder / "vocab.json").read_bytes())
         lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
@@ -86,9 +87,9 @@ def _read_tokenizer(folder):
         tokens = [{"content": token, "id": i} for token, i in read_json("added_tokens.json").items()]
         tokens += [{"id": int(i)} | token for i, token in settings.get("added_tokens_decoder", {}).items()]
     if adds_space:
-        raise ValueError("this one puts a space before each text (add_prefix_space)")
+        raise ValueError("it puts a space before each text (add_prefix_space)")
     if any(token.get(flag) for token in tokens for flag in ("lstrip", "rstrip", "single_word")):
-        raise ValueError("this one has added tokens with lstrip, rstrip or single_word")
+        raise ValueError("it has added tokens with lstrip, rstrip or single_word")
     return vocab, merges, {token["content"]: token["id"] for token in tokens}
 
 
@@ -107,23 +108,23 @@ def encode(text, tokenizer):
 
 
 def encode_stream(texts, tokenizer):
-    """Tokenize a stream of strings: yields arrays, joined the same tokens as those of the strings joined."""
+    """Tokenize a stream of strings. Yields arrays; together they are the tokens of the whole text."""
     with ThreadPoolExecutor() as pool:  # tiktoken releases the GIL
         pending = deque()
         for piece in _pieces(texts, tokenizer):
             pending.append(pool.submit(encode, piece, tokenizer))
-            if len(pending) > 2 * os.cpu_count():  # no further ahead, to save memory
+            if len(pending) > 2 * os.cpu_count():  # limits the pieces in memory
                 yield pending.popleft().result()
         for tokens in pending:
             yield tokens.result()
 
 
-# GPT-2 never joins a space or line end to what precedes it if both its neighbours are no white space.
+# In GPT-2's tokenizer, a space or line end between two other characters always starts a new token.
 LAST_CUT = re.compile(r"(?s).*\S(?=[ \n]\S)")
 
 
 def _pieces(texts, tokenizer):
-    """Cut a stream of strings anew, only where no token can span the cut."""
+    """Regroup a stream of strings so that no token spans two of them."""
     can_cut = not any(re.search(r"\s", token) for token in tokenizer.special_tokens_set)
     uncut = []
     for text in texts:
@@ -143,7 +144,7 @@ FORMAT = '{"prompt": "...", "completion": "..."} or {"text": "..."} on each line
 
 
 def read(paths):
-    """Read text or pairs: whether it is pairs, and an iterator over strings or over (prompt, completion).
+    """Read text or pairs. Returns (is_pairs, items). Items are strings of text, or (prompt, completion).
 
     paths: UTF-8 text or JSON Lines, gzipped or not; "-" is standard input. There is an end of text between
     two files and after each JSON document. Raises OSError or ValueError if something cannot be read.
@@ -154,7 +155,8 @@ def read(paths):
 
 
 def _read(paths):
-    kind, end = None, END_OF_TEXT  # str or tuple; the last characters of the text so far
+    kind = None  # of the items: str or tuple
+    end = END_OF_TEXT  # the last characters of the text so far
     for path in paths:
         if kind is not tuple and end != END_OF_TEXT:
             yield END_OF_TEXT
@@ -198,7 +200,7 @@ def _parse(path, number, line):
     try:
         entry = json.loads(line)
         values = [entry["prompt"], entry["completion"]] if "prompt" in entry else [entry["text"]]
-        "".join(values).encode()  # they are strings, and Unicode
+        "".join(values).encode()  # fails unless all are strings of Unicode
     except (ValueError, TypeError, KeyError, RecursionError):
         raise ValueError(f"{path} line {number} is {line.strip()[:60]!r}, but must be {FORMAT}") from None
     *prompt, last = values
@@ -230,7 +232,7 @@ class Corpus:
     tokens: np.ndarray  # (N,), the training part
     carries_loss: np.ndarray  # (N,) bool: all of a text, only the completions of pairs
     starts: range | np.ndarray  # where a training sequence may start
-    held_out: np.ndarray  # (W, T + 1), rows that have each held-out target once
+    held_out: np.ndarray  # (W, T + 1), rows in which each held-out target is once
     held_out_loss: np.ndarray  # (W, T + 1) bool
     example: tuple  # the tokens of a held-out prompt, and of what its author wrote after it
     freq: np.ndarray = None  # (V,), freq(t) of Eq. 3: how often each token carries loss in the training part
@@ -294,7 +296,7 @@ def _corpus_of_text(name, texts, tokenizer, T):
     stretch = n_rows * T + 1
     n = len(tokens) // (10 * stretch)
     tens = tokens[: n * 10 * stretch].reshape(n, 10, stretch)
-    # A training sequence may run over the place where a stretch was taken out, as over the end of a document.
+    # A training sequence may cross the gap that a held-out stretch leaves.
     training = np.concatenate((tens[:, :9].flatten(), tokens[tens.size :]))
     # The last target of a row is the first input of the next.
     rows = np.stack([tens[:, 9, i * T : i * T + T + 1] for i in range(n_rows)], axis=1).reshape(-1, T + 1)
@@ -305,7 +307,7 @@ def _corpus_of_text(name, texts, tokenizer, T):
 
 
 def _corpus_of_pairs(name, pairs, tokenizer, T):
-    """Every tenth distinct prompt is held out with all its completions: none of them was trained on.
+    """Every tenth distinct prompt is held out, with all its completions.
 
     A training sequence starts with a pair and goes on into the next ones. A held-out row has as many whole
     pairs as fit. A pair that is too long loses the start of its prompt, then the end of its completion.
@@ -360,8 +362,11 @@ def count_tokens(paths, tokenizer):
     """
     counts = np.zeros(tokenizer.n_vocab, np.int64)
     is_pairs, items = read(paths)
-    completions = (completion for _, completion in encode_pairs(items, tokenizer)) if is_pairs else None
-    for tokens in completions or encode_stream(items, tokenizer):
+    if is_pairs:
+        stream = (completion for _, completion in encode_pairs(items, tokenizer))
+    else:
+        stream = encode_stream(items, tokenizer)
+    for tokens in stream:
         np.add.at(counts, tokens, 1)
     return counts
 
@@ -403,7 +408,7 @@ BANDS = "frequent", "middle", "rare"
 def frequency_bands(counts):
     """The band of each token, (V,) int64: frequent tokens make up half of the text, rare ones a tenth."""
     order = np.argsort(-counts, kind="stable")
-    before = np.cumsum(counts[order]) - counts[order]  # tokens of the text that are more frequent
+    before = np.cumsum(counts[order]) - counts[order]  # how much of the text is more frequent
     band = np.empty(len(counts), np.int64)
     band[order] = np.digitize(before / counts.sum(), [0.5, 0.9])
     return band
@@ -424,12 +429,13 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def at_least(minimum, kind=int, below=float("inf")):
-    """For argparse: a finite number of a kind, in [minimum, below)."""
+    """A type for argparse: a number in [minimum, below)."""
 
     def parse(text):
         value = kind(text) + 0  # -0 is 0
         if not minimum <= value < below:
-            raise argparse.ArgumentTypeError(f"must be at least {minimum} and below {below}, not {text}")
+            limit = "finite" if below == float("inf") else f"below {below}"
+            raise argparse.ArgumentTypeError(f"must be at least {minimum} and {limit}, not {text}")
         return value
 
     parse.__name__ = kind.__name__  # argparse shows it
@@ -437,7 +443,7 @@ def at_least(minimum, kind=int, below=float("inf")):
 
 
 def run(main):
-    """Run a script's main. A mistake that a user can make ends in one line on stderr, with exit status 1."""
+    """Run a script's main. A user's mistake ends in one line on stderr, with exit status 1."""
     for stream in sys.stdout, sys.stderr:
         stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # on Windows, too
     try:

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass
 class GPTConfig:
-    """The fields of config.json that matter here, with their names there and GPT-2's values."""
+    """The fields of config.json that are used here. The defaults are GPT-2's."""
 
     vocab_size: int = 50257
     n_positions: int = 1024  # the context window
@@ -57,10 +57,10 @@ class Attention(nn.Module):
         # q, k, v: (B, n_head, T, C / n_head) each
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
         if cache is not None:  # (2, B, n_head, length, C / n_head): keys and values of the tokens before pos
-            cache[0, :, :, pos : pos + T], cache[1, :, :, pos : pos + T] = k, v
+            cache[:, :, :, pos : pos + T] = torch.stack((k, v))
             k, v = cache[:, :, :, : pos + T]  # (B, n_head, pos + T, C / n_head) each
         dropout = self.dropout if self.training else 0.0
-        # A single new token may see all tokens so far. Several must not see those to their right.
+        # The causal mask. A single token sees all tokens so far. (With a cache and pos > 0, T must be 1.)
         y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, dropout_p=dropout, is_causal=T > 1)
         y = y.to(x.dtype).transpose(1, 2).reshape(B, T, C)  # the heads side by side
         return self.resid_dropout(self.c_proj(y))
@@ -115,7 +115,7 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
 
     def set_dropout(self, p):
-        """Drop out with probability p everywhere in training."""
+        """Set every dropout probability."""
         for module in self.modules():
             if isinstance(module, nn.Dropout):
                 module.p = p
@@ -130,7 +130,7 @@ class GPT(nn.Module):
     def forward(self, idx, return_hidden=False, cache=None, pos=0):
         """idx (B, T) int64 -> logits (B, T, vocab_size), or the hidden states they come from, (B, T, n_embd).
 
-        cache, pos: keys and values of the pos tokens before idx, from new_cache.
+        cache: from new_cache. pos: the number of tokens in it; if it is not 0, idx has one token.
         Raises ValueError for more tokens than the context window holds.
         """
         T, window = idx.shape[1], self.config.n_positions
@@ -167,14 +167,15 @@ class GPT(nn.Module):
         cache, pos = self.new_cache(B, min(window, T + max_new_tokens)), 0
         self.eval()
         for end in range(T, T + max_new_tokens):
-            # Each step computes the new token alone. Once the window slides, every position changes.
+            # Each step computes the new token alone. Past the window all positions shift: no cache then.
             unseen = idx[:, pos:end] if end <= window else idx[:, end - window : end]
             # For one row in half precision oneDNN is slow: 63 tokens/s with it, 116 without (AMD EPYC).
             one_row = unseen.numel() == 1 and self.lm_head.dtype != torch.float32
             torch.backends.mkldnn.enabled = onednn and not one_row
-            hidden = self(unseen, True, cache, pos) if end <= window else self(unseen, True)
+            hidden = self(unseen, True, cache, pos) if end <= window else self(unseen, return_hidden=True)
             logits = F.linear(hidden[:, -1], self.lm_head).float()  # (B, V)
-            torch.backends.mkldnn.enabled, pos = onednn, end
+            torch.backends.mkldnn.enabled = onednn
+            pos = end
             if logit_bias is not None:
                 logits += logit_bias
             idx[:, end] = sample_token(logits, temperature, top_k, top_p)
@@ -204,7 +205,7 @@ class GPT(nn.Module):
         write_json(folder / "config.json", config)
         if self.generation_config:
             write_json(folder / "generation_config.json", self.generation_config)
-        state = {f"transformer.{name}": turn(name, w) for name, w in self.state_dict().items()}
+        state = {f"transformer.{name}": transpose_linear(name, w) for name, w in self.state_dict().items()}
         replace(folder / "model.safetensors", lambda path: write_safetensors(path, state, dtype))
 
 
@@ -280,8 +281,10 @@ def read_weights(folder, model):
         raise FileNotFoundError(f"{folder} has neither {' nor '.join(WEIGHTS)}")
     try:
         stored = load_state(path) if path.suffix == ".bin" else read_safetensors(path)
-        state = {name.removeprefix("transformer."): turn(name, stored.pop(name)).float().contiguous()
-                 for name in list(stored) if not name.endswith(NOT_WEIGHTS)}
+        state = {}
+        for name in [name for name in stored if not name.endswith(NOT_WEIGHTS)]:
+            w = transpose_linear(name, stored.pop(name))  # pop, to hold no weight twice
+            state[name.removeprefix("transformer.")] = w.float().contiguous()
         found = {name: tuple(w.shape) for name, w in state.items()}
         wanted = {name: tuple(w.shape) for name, w in model.state_dict().items()}
         for name in sorted(found.keys() | wanted.keys()):
@@ -298,13 +301,13 @@ def line_of(error):
     return str(error).partition("\n")[0] or type(error).__name__
 
 
-def turn(name, w):
+def transpose_linear(name, w):
     """Checkpoints have the linear layers of a block as (in, out), nn.Linear as (out, in)."""
     return w.transpose(0, -1) if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else w
 
 
 def read_safetensors(path):
-    """{name: tensor}. Eight bytes are the header's length, then come the header, as JSON, and the tensors."""
+    """{name: tensor}. The file has 8 bytes for the header's length, the header in JSON, and the tensors."""
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         start = 8 + int.from_bytes(file.read(8), "little")
@@ -347,13 +350,13 @@ def load_state(path):
 
 
 def replace(path, write):
-    """Call write with a path beside the file, then rename: no reader finds half a file. Raises OSError."""
+    """Let write(path) make a temporary file, then rename it to its place. Raises OSError."""
     part = path.with_name(path.name + ".part")
     try:
         write(part)
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError when the disk is full
-        raise OSError(f"{path} could not be written ({line_of(error)}); what was there is untouched") from None
+        raise OSError(f"{path} could not be written ({line_of(error)}); the old file is untouched") from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -423,7 +426,7 @@ def hub_snapshot(repo):
 
 
 def fetch(name, repo, folder, weights):
-    """Download the files that a folder lacks. Weights come last: where they are, the rest is."""
+    """Download the files that a folder lacks. Weights come last, so a folder with weights is complete."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for file in "config.json", "generation_config.json", *TOKENIZER, *(WEIGHTS if weights else ()):
@@ -439,7 +442,7 @@ def fetch(name, repo, folder, weights):
 
 
 def download(repo, path):
-    """Download a file of a model, if the model has it. What breaks off leaves nothing behind."""
+    """Download a file of a model, if the model has it. A broken download leaves no file."""
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")  # its own, if several download at once
     try:
@@ -491,7 +494,7 @@ def pick_dtype(name, device, sampling=False):
     if device.type != "cpu":
         return torch.float32
     has_bfloat16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    if sampling:  # waits for the weights to be read from memory, so half the bytes take half the time
+    if sampling:  # is limited by the memory's bandwidth, so half the bytes take half the time
         return torch.bfloat16 if has_bfloat16 else torch.float16
     if not has_bfloat16:
         return torch.float32

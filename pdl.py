@@ -26,8 +26,8 @@ def pdl_weights(counts, alpha=0.5, eps=1.0):
 
     counts: (V,) tensor, array or list, how often each token occurs in a corpus.
     alpha: strength of the decay. 0 makes every weight exactly 1, which is plain cross-entropy.
-    eps: keeps the weight of a token that was never counted finite: eps^-alpha. With 1 that is 1, the largest
-        weight there is. For probabilities in place of counts, take a much smaller eps (the paper has 1e-6).
+    eps: added to every count. An unseen token weighs eps^-alpha: with eps=1 that is 1, and no token weighs
+        more. If counts are probabilities, take a much smaller eps (the paper: 1e-6).
 
     Raises ValueError if an argument is out of range.
     """
@@ -46,12 +46,12 @@ def pdl_weights(counts, alpha=0.5, eps=1.0):
 def token_weights(targets, weights, ignore_index=-100):
     """w(y_k) of every target, 0 where it is ignored: (...) int64 -> (...).
 
-    If you split a batch over micro-steps or devices, divide reduction="sum" of each part by the sum of these
-    over the whole batch. A mean of the parts' means is another loss, because their weights differ.
+    To split a batch over micro-steps or devices, divide the reduction="sum" loss of each part by the sum of
+    token_weights over the whole batch. Averaging the parts' means gives another loss.
     Raises IndexError for a target outside the vocabulary.
     """
     keep = targets != ignore_index
-    # index_select refuses -1, where weights[targets] would take the last token.
+    # Unlike weights[targets], index_select raises on -1.
     w = weights.to(targets.device).index_select(0, torch.where(keep, targets, 0).flatten())
     return w.view(targets.shape) * keep
 
@@ -85,21 +85,21 @@ def _mean(loss, w):
     return loss / w.sum().clamp(min=torch.finfo(w.dtype).tiny)
 
 
-def _check(positions, vocab_size, targets, weights, reduction, reductions):
-    if targets.shape != positions:
-        raise ValueError(f"targets have shape {tuple(targets.shape)}, not {tuple(positions)} like the input")
+def _check(shape, vocab_size, targets, weights, reduction, allowed):
+    if targets.shape != shape:
+        raise ValueError(f"targets have shape {tuple(targets.shape)}, not {tuple(shape)} like the input")
     if weights.shape != (vocab_size,):
         raise ValueError(f"weights have shape {tuple(weights.shape)}, the vocabulary has {vocab_size} tokens")
     if not weights.is_floating_point():
-        raise ValueError(f"weights are {weights.dtype}, like counts: pass pdl_weights(counts)")
-    if reduction not in reductions:
-        raise ValueError(f"reduction must be one of {', '.join(reductions)}, not {reduction!r}")
+        raise ValueError("weights must be floating point: pass pdl_weights(counts), not counts")
+    if reduction not in allowed:
+        raise ValueError(f"reduction must be one of {', '.join(allowed)}, not {reduction!r}")
 
 
 # ---------------------------------------------------------------------------------------------------------
 # That was the method. The rest computes the same loss in a fraction of the memory.
 
-CHUNK_LOGITS = 2**25  # logits computed at a time, 667 rows of GPT-2's: fewer are slower, more are no faster
+CHUNK_LOGITS = 2**25  # logits held at a time (667 rows for GPT-2): fewer are slower, more no faster
 
 
 @torch.compiler.disable
@@ -107,8 +107,8 @@ def linear_pdl_loss(hidden, lm_head, targets, weights, reduction="mean", ignore_
     """pdl_loss(hidden @ lm_head.T, ...) without ever holding all logits, the largest tensor of a step.
 
     hidden: (..., D), the last hidden states. lm_head: (V, D). reduction: "mean" or "sum". The rest is as in
-    pdl_loss. Products run in hidden's dtype, or in autocast's. The gradient of lm_head is summed in float32;
-    a frozen lm_head costs none. There are no second derivatives.
+    pdl_loss. Products run in hidden's dtype, or in autocast's. The gradient of lm_head is summed in float32.
+    A frozen lm_head gets no gradient, and costs no time or memory for it. There are no second derivatives.
     """
     _check(hidden.shape[:-1], lm_head.shape[0], targets, weights, reduction, ("mean", "sum"))
     device = hidden.device.type
@@ -117,7 +117,7 @@ def linear_pdl_loss(hidden, lm_head, targets, weights, reduction="mean", ignore_
     w = token_weights(targets, weights, ignore_index).to(torch.promote_types(hidden.dtype, torch.float32))
     keep = targets != ignore_index  # a position without loss costs nothing
     if not torch.is_grad_enabled():
-        hidden, lm_head = hidden.detach(), lm_head.detach()  # neither needs a gradient
+        hidden, lm_head = hidden.detach(), lm_head.detach()  # needs_input_grad does not know of no_grad
     with torch.autocast(device, enabled=False):
         loss = _ChunkedLoss.apply(hidden[keep], lm_head, targets[keep], w[keep])
     return _mean(loss, w) if reduction == "mean" else loss
@@ -128,7 +128,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
     The loss and its gradient need the same logits. So the forward pass computes both, chunk by chunk, and the
     backward pass only scales the gradients. With p = softmax(logits), the gradient of a row's cross-entropy
-    by its logits is p - onehot(target). The row's weight is applied to D numbers rather than to these V.
+    by its logits is p - onehot(target). A row's weight multiplies its D hidden values, not these V numbers.
     """
 
     @staticmethod
@@ -142,24 +142,25 @@ class _ChunkedLoss(torch.autograd.Function):
         d_head = torch.zeros_like(lm_head, dtype=w.dtype) if ctx.needs_input_grad[1] else None
         n_chunks = math.ceil(N * V / CHUNK_LOGITS)
         rows = math.ceil(N / max(1, n_chunks)) or 1
-        logits_buffer, p_buffer = hidden.new_empty(2, min(rows, N), V)  # a CPU is slow to allocate these anew
+        logits_buffer, p_buffer = hidden.new_empty(2, min(rows, N), V)  # on a CPU, fresh memory is slow
         for start in range(0, N, rows):
             chunk = slice(start, start + rows)
             h, t, wt = hidden[chunk], targets[chunk], w[chunk]  # (n, D), (n,), (n,)
-            row = torch.arange(len(t), device=t.device)
+            i = torch.arange(len(t), device=t.device)
             logits = torch.mm(h, head.T, out=logits_buffer[: len(t)])  # (n, V)
             p = torch.softmax(logits, dim=-1, out=p_buffer[: len(t)])  # (n, V)
-            # -log p of the target, by way of the largest p. That is at least 1/V: no underflow in float16.
-            top, at = logits.max(dim=-1)
-            loss += wt @ ((top.to(w.dtype) - logits[row, t].to(w.dtype)) - p[row, at].to(w.dtype).log())
-            p[row, t] -= 1  # now the gradient by the logits
+            # The largest p is at least 1/V. So it does not underflow, even in float16.
+            top, at = logits.max(dim=-1)  # (n,) each
+            logsumexp = top.to(w.dtype) - p[i, at].to(w.dtype).log()  # (n,), of the logits
+            loss += wt @ (logsumexp - logits[i, t].to(w.dtype))
+            p[i, t] -= 1  # now the gradient by the logits
             if d_hidden is not None:
                 torch.mm(p, head, out=d_hidden[chunk])
             if d_head is not None:
                 weighted = (h * (wt / largest)[:, None]).to(h.dtype)
                 if p.dtype == d_head.dtype:
                     d_head.addmm_(p.T, weighted)
-                else:  # summed in float32, in slices of the vocabulary, so that no second (V, D) is needed
+                else:  # summed in float32, 2,048 tokens at a time, so that no second (V, D) is needed
                     for total, part in zip(d_head.split(2048), p.T.split(2048)):
                         total += part @ weighted
         ctx.save_for_backward(d_hidden, d_head, w, largest)
@@ -180,7 +181,7 @@ class _ChunkedLoss(torch.autograd.Function):
 if __name__ == "__main__":
     # Words follow a power law themselves (Zipf's law): the r-th occurs 1/r as often as the first.
     counts = (1_000_000 / torch.arange(1, 50_001)).long()
-    print("        weight w(t) of a token counted          share of the loss, if all were equally hard")
+    print("        weight w(t) of a token counted          share of the loss at equal cross-entropy")
     print("alpha   1,000,000 x    10,000 x     100 x       top 100 tokens   next 9,900   other 40,000")
     for alpha in 0, 0.25, 0.5, 0.75, 1, 1.5:
         weights = pdl_weights(counts, alpha)

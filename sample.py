@@ -5,18 +5,21 @@ Generate text: with what train.py left in out/, with a checkpoint folder, or wit
     python sample.py --init_from out/alpha-0 --counts out/alpha-0/counts.npy --shift 0.25
 """
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import torch
 
-from count import ArgumentParser, at_least, encode, load_counts, load_tokenizer, read, run
+from count import ArgumentParser, at_least, encode, load_counts, load_tokenizer, run
 from model import GPT, pick_device, pick_dtype
 
 
 def shift(counts, x):
     """-x * log(freq(t)), to be added to the logits: (V,) float32. Unseen tokens count as seen once.
 
-    Eq. 5 is minimized by q(t) ~ w(t) p(t). A plain model predicts p, and a shift by alpha makes it q. A model
-    that is trained with PDL predicts q, and a shift by -alpha makes it p.
+    A plain model predicts the text's distribution p. Eq. 5 is minimal for q, proportional to w(t) p(t). A
+    shift by alpha turns p into q, and a shift by -alpha turns q into p.
     """
     if counts.max() <= 1:
         raise ValueError("these are probabilities, but a shift needs counts: count.py makes them")
@@ -24,12 +27,12 @@ def shift(counts, x):
 
 
 def write(model, tokenizer, prompt, length, logit_bias=None, n=1, seed=0, **how):
-    """Continue a prompt n times, by at most length tokens: n lists of tokens, each up to an end of text.
+    """Continue a prompt n times, by at most length tokens. Returns n lists of tokens, cut at an end of text.
 
     prompt: list of tokens. logit_bias: (n_vocab,). how: temperature, top_k and top_p of GPT.generate.
     """
     V, device = model.config.vocab_size, model.lm_head.device
-    bias = torch.full((V,), -torch.inf)  # a padded vocabulary has rows that are no tokens
+    bias = torch.full((V,), -torch.inf)  # never sample rows of a padded vocabulary
     bias[: tokenizer.n_vocab] = 0 if logit_bias is None else logit_bias
     torch.manual_seed(seed)
     idx = torch.tensor([prompt] * n, device=device)  # (n, T)
@@ -44,9 +47,9 @@ def main():
     p.flag("prompt", "\n", 'text to continue; - is standard input, FILE:path a file, "" the start of a text')
     p.flag("num_samples", 3, "samples, generated side by side", at_least(1))
     p.flag("max_new_tokens", 200, "tokens in each; slow beyond the model's context window", at_least(1))
-    p.flag("temperature", 0.8, "low is safe, high is wild; 0 takes the likeliest", at_least(0, float))
+    p.flag("temperature", 0.8, "lower is more predictable; 0 takes the likeliest token", at_least(0, float))
     p.flag("top_k", None, "sample among the k likeliest tokens", at_least(1))
-    p.flag("top_p", 0.95, "sample among the likeliest, with this probability together", at_least(0, float))
+    p.flag("top_p", 0.95, "sample among the likeliest tokens that have this probability", at_least(0, float))
     p.flag("seed", 1337, "of the samples", at_least(0, below=2**63))
     p.flag("counts", None, "token counts for --shift", nargs="+", metavar="FILE.npy[:SCALE]")
     p.flag("shift", None, "add -SHIFT * log(freq) to the logits: PDL's effect without training", float)
@@ -60,11 +63,13 @@ def main():
 
     device, tokenizer = pick_device(args.device), load_tokenizer(args.init_from)
     bias = shift(load_counts(args.counts, tokenizer.n_vocab), args.shift) if args.counts else None
-    model = GPT.from_pretrained(args.init_from).eval()
+    model = GPT.from_pretrained(args.init_from)
     model.to(device, pick_dtype(args.dtype, device, sampling=True))
     prompt = args.prompt
-    if prompt == "-" or prompt.startswith("FILE:"):
-        prompt = "".join(read([prompt.removeprefix("FILE:")])[1])
+    if prompt == "-":
+        prompt = sys.stdin.buffer.read().decode()
+    elif prompt.startswith("FILE:"):
+        prompt = Path(prompt.removeprefix("FILE:")).read_text(encoding="utf-8")
     tokens = encode(prompt, tokenizer).tolist() or [tokenizer.eot_token]
     how = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p")}
     samples = write(model, tokenizer, tokens, args.max_new_tokens, bias, args.num_samples, args.seed, **how)

@@ -2,11 +2,11 @@
 Finetune GPT-2 with Power-Law Decay Loss.
 
     python train.py --alpha 0.5                           # on a GPU if there is one, else on the CPU
-    python train.py --alpha 0 0.25 0.5 --data my.txt      # a run for each alpha, and a table of all
+    python train.py --alpha 0 0.25 0.5 --data my.txt      # one run for each alpha, then one table
     torchrun --standalone --nproc_per_node=2 train.py     # the same batches, on two devices
 
-The best weights go to out/, a checkpoint folder for sample.py and Transformers. finetune() tells the story
-of a run. The loss comes from pdl.py, the network from model.py, the batches from count.py.
+The best model goes to out/, a checkpoint folder for sample.py and Transformers. Start reading at finetune().
+The loss comes from pdl.py, the network from model.py, the batches from count.py.
 """
 
 import argparse
@@ -52,14 +52,17 @@ def main():
     if args.counts:
         corpus.freq = count.load_counts(args.counts, tokenizer.n_vocab)
 
-    reports, flags = [], "" if args.out_dir == "out" else f" --out_dir {quote(args.out_dir)}"
+    reports = []
     try:
         for alpha in args.alpha:
-            folder = Path(args.out_dir, f"alpha-{alpha:g}" if len(args.alpha) > 1 else "")
+            folder = Path(args.out_dir)
+            if len(args.alpha) > 1:
+                folder /= f"alpha-{alpha:g}"
             reports.append(finetune(args, alpha, folder, device, tokenizer, corpus))
             say(table_of_run(reports[-1]))
     except KeyboardInterrupt:
-        say(f"\nstopped. To go on from the last save: python train.py --resume{flags}")
+        say("\nstopped. To go on from the last save: python train.py --resume --out_dir "
+            + quote(args.out_dir))
         raise
     except (MemoryError, RuntimeError) as error:  # on a CPU torch raises no OutOfMemoryError
         if isinstance(error, RuntimeError) and not re.search("(out of|allocate|enough) memory", str(error)):
@@ -68,7 +71,7 @@ def main():
                          "is the same training, or lower --block_size") from None
     if len(reports) > 1:
         say(table_of_series(reports))
-    say("now: python sample.py" + ("" if str(folder) == "out" else f" --init_from {quote(folder)}"))
+    say(f"now: python sample.py --init_from {quote(folder)}")
     say(note)
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
@@ -83,11 +86,11 @@ def finetune(args, alpha, folder, device, tokenizer, corpus):
     model = load_model(args, tokenizer, device)
     optimizer = make_optimizer(args, model)
     final_weights = step_weights(args.max_iters, alpha, args, corpus, model)  # (V,)
-    shifts = {f"{x:g}": shift(corpus.freq, x) for x in args.alpha if alpha == 0 < x}  # (V,) each
-    same = {"data": corpus.digest(), "counts": hashlib.sha256(corpus.freq.tobytes()).hexdigest()}
-    step, before, best = 0, None, None  # the evaluations before training, and of the best weights
+    shifts = {f"{x:g}": shift(corpus.freq, x) for x in args.alpha if alpha == 0 and x > 0}  # (V,) each
+    digests = {"data": corpus.digest(), "counts": hashlib.sha256(corpus.freq.tobytes()).hexdigest()}
+    step, before, best = 0, None, None  # the evaluations before training, and of the best model
     if resuming:
-        step, before, best = resume(folder, args, model, optimizer, same)
+        step, before, best = resume(folder, args, model, optimizer, digests)
     elif RANK == 0:
         claim(folder, args, corpus)
     evaluated = step if resuming else None  # the step of the last evaluation
@@ -95,7 +98,7 @@ def finetune(args, alpha, folder, device, tokenizer, corpus):
     trained = torch.compile(model) if args.compile else model
     if WORLD_SIZE > 1:
         trained = DistributedDataParallel(trained)
-    clock = time.time(), step  # of the last log line
+    logged = time.time(), step  # when the last line of the log was written, and its step
 
     while True:
         if step != evaluated and (step % args.eval_interval == 0 or step == args.max_iters):
@@ -105,42 +108,43 @@ def finetune(args, alpha, folder, device, tokenizer, corpus):
             before, evaluated = before or result, step
             if step > 0 and (best is None or result["val_pdl"] < best["val_pdl"]):
                 best = result
-            save(folder, model, optimizer, step=step, before=before, best=best, **same)
-            clock = time.time(), step
+            save(folder, model, optimizer, step=step, before=before, best=best, **digests)
+            logged = time.time(), step
         if step == args.max_iters:
             break
 
-        # Every rank draws the same batch, from the seed and the step. So however it is split, it is the same.
+        # Every rank draws the same batch from the seed and the step. It does not depend on how it is split.
         n = args.batch_size * args.gradient_accumulation_steps
         rng = np.random.default_rng((args.seed, step))
         inputs, targets = map(torch.from_numpy, corpus.batch(rng, n))  # (n, T) each
         weights = step_weights(step, alpha, args, corpus, model)  # (V,)
-        total = token_weights(targets, weights).sum().item()  # of the whole batch, not of its parts
+        weight_sum = token_weights(targets, weights).sum().item()  # of the whole batch, not of its parts
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
-        torch.manual_seed(hash((args.seed, step, RANK)))  # for dropout
+        torch.manual_seed(hash((args.seed, step, RANK)))  # for dropout: the same again after a resume
         loss = torch.zeros((), device=device)
-        xs, ys = (rows.tensor_split(WORLD_SIZE)[RANK].split(args.batch_size) for rows in (inputs, targets))
-        for i, (x, y) in enumerate(zip(xs, ys), 1):  # micro-steps, with this rank's rows
-            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)  # (b, T)
+        xs = inputs.tensor_split(WORLD_SIZE)[RANK].split(args.batch_size)  # this rank's micro-steps
+        ys = targets.tensor_split(WORLD_SIZE)[RANK].split(args.batch_size)
+        for i, (x, y) in enumerate(zip(xs, ys), 1):
+            x, y = x.to(device), y.to(device)  # (b, T) each
             if WORLD_SIZE > 1:
                 trained.require_backward_grad_sync = i == len(xs)
             with autocast(args, device):
                 hidden = trained(x, return_hidden=True)  # (b, T, n_embd)
-                part = linear_pdl_loss(hidden, model.lm_head, y, weights, "sum") / total  # Eq. 5
-            (part * WORLD_SIZE).backward()  # DistributedDataParallel will average over the ranks
-            loss += part.detach()
+                micro_loss = linear_pdl_loss(hidden, model.lm_head, y, weights, "sum") / weight_sum  # Eq. 5
+            (micro_loss * WORLD_SIZE).backward()  # DistributedDataParallel will average over the ranks
+            loss += micro_loss.detach()
         if args.grad_clip:
             torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
         if step % args.log_interval == 0 or step in (1, args.max_iters):
-            clock = log_step(args, folder, step, all_sum(loss).item(), clock)
+            logged = log_step(args, folder, step, all_sum(loss).item(), logged)
 
-    # The best weights, and what they write.
+    # Sample from the best model, and report.
     if WORLD_SIZE > 1:
-        dist.barrier()  # until rank 0 has written them
+        dist.barrier()  # until rank 0 has saved it
     model.load_state_dict(read_weights(folder, model))
     shifted = {x: evaluate(args, model, corpus, final_weights, device, bias) for x, bias in shifts.items()}
     report = {"alpha": alpha, "args": vars(args), "before": before, "after": best, "shifted": shifted,
@@ -191,18 +195,18 @@ def load_model(args, tokenizer, device):
 
 def make_optimizer(args, model):
     matrices = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]  # biases and LayerNorm's gains do not decay
+    others = [p for p in model.parameters() if p.dim() < 2]  # biases and LayerNorms have no weight decay
     groups = [{"params": matrices, "weight_decay": args.weight_decay},
               {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
 
 
 def step_weights(step, alpha, args, corpus, model):
-    """The weight of each token at a step: (V,). For another weighting than Eq. 3, change this function."""
+    """The weight of each token at a step: (V,). To try another weighting, change this function."""
     if args.rising:
         alpha *= step / args.max_iters
     weights = pdl_weights(corpus.freq, alpha, args.eps)
-    return F.pad(weights, (0, model.config.vocab_size - len(weights)))  # rows of padding are never targets
+    return F.pad(weights, (0, model.config.vocab_size - len(weights)))  # a padded vocabulary: never targets
 
 
 def learning_rate(step, args):
@@ -231,8 +235,8 @@ def all_sum(tensor):
 def evaluate(args, model, corpus, weights, device, logit_bias=None):
     """How well held-out text is predicted, in all and by the frequency band of the target.
 
-    val_ce is plain cross-entropy in nats. val_pdl is the loss that is trained, Eq. 5 divided by the sum of the
-    weights. A band without targets is left out.
+    val_ce is plain cross-entropy in nats. val_pdl is the loss that is trained: Eq. 5, divided by the sum of
+    the weights. A band without targets is left out.
     """
     n = args.eval_iters * args.batch_size * args.gradient_accumulation_steps
     rows = np.unique(np.linspace(0, len(corpus.held_out) - 1, n).astype(int))[RANK::WORLD_SIZE]
@@ -293,9 +297,9 @@ def introduce(args, alpha, folder, device, model, corpus, resumed_at):
         say(f"resuming at step {resumed_at}")
 
 
-def log_step(args, folder, step, loss, clock):
-    """Show and log the loss and the speed since the last line."""
-    since, last = clock
+def log_step(args, folder, step, loss, logged):
+    """Show and log the loss, and the speed since the last line."""
+    since, last = logged
     seconds = (time.time() - since) / (step - last)
     speed = args.batch_size * args.gradient_accumulation_steps * args.block_size / seconds
     left = int(seconds * (args.max_iters - step))
@@ -306,7 +310,7 @@ def log_step(args, folder, step, loss, clock):
 
 
 def log(folder, **entry):
-    """Add a line to log.jsonl. Raises ValueError if the loss is NaN: nothing is saved after that."""
+    """Add a line to log.jsonl. Raises ValueError if a number is NaN or infinite."""
     if not all(map(math.isfinite, entry.values())):
         raise ValueError(f"the loss became NaN at step {entry['iter']}; {folder} keeps the last save. Start "
                          "again with a lower --learning_rate and another --out_dir")
@@ -327,7 +331,7 @@ def table_of_run(report):
             for of in (before, after))
         lines.append(f"{band:<18}{text:9.1%}{weight:10.1%}   {ce:8.3f}{ce_after:9.3f}{ce_after - ce:+10.3f}"
                      f"   {right:9.1%}{right_after:9.1%}")
-    lines.append(f"These are the weights of step {after['iter']}, the best by held-out PDL.")
+    lines.append(f"This is the model of step {after['iter']}, the best by held-out PDL.")
     sample = report["sample"]
     lines += ["", "--- a held-out prompt ---", sample["prompt"], "--- the model goes on ---", sample["model"],
               "--- the author went on ---", sample["author"], "---"]
@@ -335,7 +339,7 @@ def table_of_run(report):
 
 
 def table_of_series(reports):
-    """The runs side by side. A shift is the run at alpha 0 with shifted logits, without more training."""
+    """The runs side by side. "0, shift x" is the model of alpha 0 with -x * log(freq) added to its logits."""
     rows = {"before": reports[0]["before"]}
     for report in reports:
         rows[f"{report['alpha']:g}"] = report["after"]
@@ -356,7 +360,7 @@ NOT_EMPTY = "{} is not an empty folder: --resume its run, or name another --out_
 
 
 def claim(folder, args, corpus):
-    """Make a folder this run's own by creating its args.json, and put in what does not change."""
+    """Create the run's folder with the files that stay the same. It is this run's once it has args.json."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (args.resume and (folder / "args.json").exists()):  # a run that was stopped before its first save
         try:
@@ -374,7 +378,7 @@ def claim(folder, args, corpus):
 
 
 def save(folder, model, optimizer, **state):
-    """Write resume.pt, then the weights if they are the best. resume mends a kill in between."""
+    """Write resume.pt, then the model if it is the best. If killed in between, resume writes the model."""
     if RANK == 0:
         state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
                   "log_bytes": (folder / "log.jsonl").stat().st_size}
@@ -383,10 +387,10 @@ def save(folder, model, optimizer, **state):
             model.save_pretrained(folder)
 
 
-def resume(folder, args, model, optimizer, same):
-    """Go on from resume.pt: the step, and the evaluations before training and of the best weights."""
+def resume(folder, args, model, optimizer, digests):
+    """Go on from resume.pt: the step, and the evaluations before training and of the best model."""
     state = load_state(folder / "resume.pt")
-    for name, digest in same.items():
+    for name, digest in digests.items():
         if state.get(name) != digest:
             raise ValueError(f"--resume: the {name} are not those that the run in {folder} had")
     step, before, best = state["step"], state["before"], state["best"]
@@ -398,7 +402,7 @@ def resume(folder, args, model, optimizer, same):
         os.truncate(folder / "log.jsonl", state["log_bytes"])  # what came after the save is trained again
         (folder / "report.json").unlink(missing_ok=True)
         write_json(folder / "args.json", flags_of(args))
-        save(folder, model, optimizer, step=step, before=before, best=best, **same)
+        save(folder, model, optimizer, step=step, before=before, best=best, **digests)
     return step, before, best
 
 
@@ -422,7 +426,7 @@ def flags_of(args):
 def make_parser():
     p = count.ArgumentParser(description="Finetune GPT-2 with Power-Law Decay Loss (arXiv 2505.16900).")
     positive, not_negative = at_least(1), at_least(0, float)
-    p.flag("alpha", [0.5], "strength of the decay; 0: cross-entropy; several: a run each", not_negative,
+    p.flag("alpha", [0.5], "strength of the decay; 0: cross-entropy; several: one run each", not_negative,
            nargs="+")
     p.add_argument("--rising", action="store_true", help="let alpha rise from 0 to its value over the run")
     p.flag("eps", 1.0, "added to every count (Eq. 3)", not_negative)
@@ -435,20 +439,20 @@ def make_parser():
     p.flag("out_dir", "out", "a new folder for the run")
     p.add_argument("--resume", action="store_true", help="go on with the run in --out_dir, with its flags")
     p.flag("max_iters", 300, "optimizer steps", positive)
-    p.flag("batch_size", 16, "sequences in a micro-step", positive)
+    p.flag("batch_size", 16, "sequences per micro-step", positive)
     p.flag("block_size", 256, "tokens in a sequence", at_least(8))
-    p.flag("gradient_accumulation_steps", 1, "micro-steps in a step, of all processes together", positive)
+    p.flag("gradient_accumulation_steps", 1, "micro-steps per step, over all processes", positive)
     p.flag("learning_rate", None, "its peak (default: 3e-4, or 3e-3 below 10M parameters)", not_negative)
     p.flag("warmup_iters", 10, "steps over which the learning rate rises", at_least(0))
-    p.flag("weight_decay", 0.1, "of matrices", not_negative)
-    p.flag("grad_clip", 1.0, "largest norm of the gradient; 0: any", not_negative)
-    p.flag("dropout", 0.0, "in training", at_least(0, float, below=1))
-    p.flag("eval_interval", 50, "steps between evaluations, each of which saves the run", positive)
+    p.flag("weight_decay", 0.1, "weight decay of matrices", not_negative)
+    p.flag("grad_clip", 1.0, "limit of the gradient's norm; 0: none", not_negative)
+    p.flag("dropout", 0.0, "dropout probability", at_least(0, float, below=1))
+    p.flag("eval_interval", 50, "steps between evaluations; each saves the run", positive)
     p.flag("eval_iters", 20, "batches of held-out text in an evaluation", positive)
     p.flag("log_interval", 10, "steps between lines of the log", positive)
-    p.flag("seed", 1337, "of batches, dropout and the sample", at_least(0, below=2**63))
+    p.flag("seed", 1337, "random seed of batches, dropout and the sample", at_least(0, below=2**63))
     p.flag("device", "auto", "cuda, mps or cpu")
-    p.flag("dtype", "auto", "of matrix products", choices=["auto", "float32", "bfloat16"])
+    p.flag("dtype", "auto", "dtype of matrix products", choices=["auto", "float32", "bfloat16"])
     p.add_argument("--compile", action="store_true", help="torch.compile the model")
     p.add_argument("--activation_checkpointing", action=argparse.BooleanOptionalAction,
                    help="compute the MLPs again in the backward pass, to save memory (default: on a CPU)")
@@ -475,10 +479,12 @@ def parse_args():
         args = argparse.Namespace(**vars(args) | had | {"max_iters": given.max_iters or had["max_iters"]})
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(NOT_EMPTY.format(out))
-    if len({f"{alpha:g}" for alpha in args.alpha}) < len(args.alpha):  # which name the folders
+    if len({f"{alpha:g}" for alpha in args.alpha}) < len(args.alpha):  # folders are named by alpha
         p.error("--alpha has a value twice")
-    if args.batch_size * args.gradient_accumulation_steps < WORLD_SIZE or WORLD_SIZE > 1 and "-" in args.data:
-        p.error("each process needs a sequence of every batch, and several cannot share standard input")
+    if args.batch_size * args.gradient_accumulation_steps < WORLD_SIZE:
+        p.error("--batch_size is too small: each process needs a sequence of every batch")
+    if WORLD_SIZE > 1 and "-" in args.data:
+        p.error("--data -: several processes cannot share standard input")
     return args
 
 
