@@ -95,24 +95,21 @@ def test_a_mistake_ends_in_one_line(write, one_line, tmp_path, flags, culprit, s
 
 
 def flags_of(script, small, tiny, name):
-    return {"count.py": [name, "--tokenizer", tiny], "train.py": [*small[:2], "--data", name, *small[4:], "--max_iters", 1],
+    return {"count.py": [name, "--tokenizer", tiny],
+            "train.py": [*small[:2], "--data", name, *small[4:], "--max_iters", 1],
             "sample.py": ["--init_from", tiny, *FLAGS, "--prompt", f"FILE:{name}"]}[script]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_text_is_utf8_whatever_the_system_prefers(run, text, small, tiny, script):
-    """On Windows, files and the console are cp1252 unless told otherwise."""
+def test_a_script_runs_on_macos_and_windows(run, text, small, tiny, script):
+    """Nothing is needed that Linux alone has. Files and the console are cp1252 unless told otherwise."""
     name = "na\u00efve \u4e2d\u6587.txt"
     (text / name).write_bytes((text / "text.txt").read_bytes() + "caf\u00e9 \u4e2d\u6587 ".encode() * 99)
-    cp1252 = {"PYTHONUTF8": "0", "PYTHONIOENCODING": "cp1252"}
-    out = run(script, *flags_of(script, small, tiny, name), cwd=text, env=cp1252).stdout
-    assert script == "count.py" or "\u4e2d\u6587" in out
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_nothing_is_needed_that_linux_alone_has(run, text, small, tiny, script):
     (text / "elsewhere.py").write_text(ELSEWHERE, encoding="utf-8")
-    run(script, *flags_of(script, small, tiny, "text.txt"), cwd=text, python=[text / "elsewhere.py"])
+    env = {"PYTHONUTF8": "0", "PYTHONIOENCODING": "cp1252"}
+    flags = flags_of(script, small, tiny, name)
+    out = run(script, *flags, cwd=text, env=env, python=[text / "elsewhere.py"]).stdout
+    assert script == "count.py" or "\u4e2d\u6587" in out
 
 
 # Runs a script with what macOS and Windows lack taken away.

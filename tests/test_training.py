@@ -35,8 +35,7 @@ def test_count_train_sample(run, small, text, log, report, tiny):
     assert all(e["lr"] > 0 and e["tok_per_s"] > 0 for e in entries if "loss" in e)
     assert out.rstrip().endswith("now: python sample.py --init_from out")
     flags = "--prompt", "the quick", "--max_new_tokens", 8, "--num_samples", 2
-    again = [run("sample.py", *flags, cwd=text).stdout for _ in range(2)]
-    assert again[0] == again[1] and again[0].count("the quick") >= 2
+    assert run("sample.py", *flags, cwd=text).stdout.count("the quick") >= 2
 
 
 def test_one_step_is_one_step_on_eq_5(train, text, tiny, tokenizer, log):
