@@ -2,7 +2,7 @@
 Turn the recorded runs into tables and two figures.
 
     python study/findings.py             # writes study/results.md
-    python study/findings.py --figure    # draws study/study.svg; needs matplotlib
+    python study/findings.py --figure    # draws study/study.svg and alpha.svg; needs matplotlib
 
 study.json has the runs of an earlier commit (see HEAD). rerun.json, which study.py writes, has runs of
 today's code. The two are never mixed: results.md reports the second in a section of its own.
@@ -228,8 +228,8 @@ def table_for_readme(record):
     measures = nats("rare"), nats("all"), at_equal_diversity("rare_f1"), at_equal_diversity("bleu")
     rows = [[name, *(f"{compare(record, TASKS, method, of):{digits}}" for of, digits in
                      zip(measures, (".2f", ".2f", ".3f", ".3f")))]
-            for name, method in (("PDL 0.25, rising", RISING), ("PDL 0.25", "PDL 0.25"), ("PDL 0.5", "PDL 0.5"),
-                                 ("shift 0.25, no training", "plain, shift 0.25"))]
+            for name, method in (("PDL 0.25, rising", RISING), ("PDL 0.25", "PDL 0.25"),
+                                 ("PDL 0.5", "PDL 0.5"), ("shift 0.25, no training", "plain, shift 0.25"))]
     return table(["against plain finetuning", "rare tokens, nats", "all tokens, nats", "F1 of rare tokens",
                   "BLEU-4"], rows)
 
@@ -521,7 +521,7 @@ def figure_of_alpha(results):
                          "axes.spines.top": False, "axes.spines.right": False})
     figure, ax = plt.subplots(figsize=(7, 3.6))
     for band, color in ("frequent", "tab:blue"), ("middle", "tab:gray"), ("rare", "tab:red"):
-        gains = [0.0] + [-compare(results, TASKS, f"PDL {alpha}", nats(band)).mean for alpha in ("0.25", "0.5")]
+        gains = [0.0] + [-compare(results, TASKS, method, nats(band)).mean for method in ("PDL 0.25", "PDL 0.5")]
         ax.plot([0, 0.25, 0.5], gains, marker="o", color=color, linewidth=2.5)
         ax.annotate(f"{band} tokens {gains[-1]:+.2f}", (0.5, gains[-1]), (8, -4), color=color,
                     textcoords="offset points")
@@ -536,7 +536,7 @@ def figure_of_alpha(results):
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description="Turn the recorded runs into tables and a figure.")
-    p.add_argument("--figure", action="store_true", help="draw study.svg and alpha.svg instead of writing results.md")
+    p.add_argument("--figure", action="store_true", help="draw study.svg and alpha.svg, not results.md")
     args = p.parse_args()
     record = json.loads((FOLDER / "study.json").read_bytes())
     rerun = json.loads(RERUN.read_bytes()) if RERUN.exists() else {}

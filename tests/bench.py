@@ -66,7 +66,7 @@ def seconds(step, n=3, warmup=1):
 
 
 def loss(ours, dtype, frozen=False):
-    """Forward and backward in seconds, and the memory beyond the inputs. frozen: lm_head needs no gradient."""
+    """Forward and backward in seconds, and the memory beyond the inputs. frozen: lm_head is not trained."""
     torch.manual_seed(0)
     options = {"device": DEVICE, "dtype": getattr(torch, dtype)}
     hidden = torch.empty(4096, 768, **options).normal_().requires_grad_()
@@ -184,7 +184,8 @@ ROWS = {
     "loss": [
         (f"loss, {dtype} (s)", loss, "full logits", [False, dtype], "linear_pdl_loss", [True, dtype])
         for dtype in ("float32", "bfloat16")
-    ] + [("loss, float32 (s)", loss, "lm_head trained", [True, "float32"], "lm_head frozen", [True, "float32", True])],
+    ] + [("loss, float32 (s)", loss, "lm_head trained", [True, "float32"], "lm_head frozen",
+          [True, "float32", True])],
     "training": [("training (tokens/s)", training, "nanoGPT's recipe", [False], "train.py", [True])],
     "sampling": [
         (f"sampling, batch {n} (tokens/s)", sampling, theirs, [theirs, n], "sample.py", ["sample.py", n])

@@ -33,7 +33,8 @@ def limit(name, size):
 
 def files(folder):
     """What is in a folder: content and time of every file."""
-    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir() if path.is_file()}
+    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns)
+            for path in folder.iterdir() if path.is_file()}
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def resume(run_here, text):
 
 @pytest.fixture
 def killed_at(monkeypatch):
-    """killed_at(name, n): end the process when it is about to rename the n-th file of this name to its place."""
+    """killed_at(name, n): end the process when it is about to rename the n-th file of this name."""
     def killed_at(name, n):
         replace, names = os.replace, []
 
@@ -75,7 +76,8 @@ def killed_at(monkeypatch):
 # --- killed, and resumed ---
 
 
-def test_killed_and_resumed_as_if_never_stopped(start, until, train, resume, small, text, losses, log, report):
+def test_killed_and_resumed_as_if_never_stopped(start, until, train, resume, small, text, losses, log,
+                                                report):
     flags = "--max_iters", 6, "--batch_size", 4, "--eval_interval", 2, "--dropout", 0.1, "--rising"
     train(*flags, "--out_dir", "whole")
     process = start("train.py", *small, *flags, "--out_dir", "cut", cwd=text)
@@ -91,7 +93,8 @@ def test_killed_and_resumed_as_if_never_stopped(start, until, train, resume, sma
     assert losses(elsewhere / "moved") == pytest.approx(losses(text / "whole"), rel=1e-5)
     assert len(log(elsewhere / "moved")) == len(log(text / "whole"))
     resumed, whole = (report(folder)["after"] for folder in (elsewhere / "moved", text / "whole"))
-    assert resumed["val_pdl"] == pytest.approx(whole["val_pdl"], rel=1e-6) and resumed["iter"] == whole["iter"]
+    assert resumed["val_pdl"] == pytest.approx(whole["val_pdl"], rel=1e-6)
+    assert resumed["iter"] == whole["iter"]
 
 
 def test_killed_at_any_moment_the_folder_loads_and_resumes(start, until, resume, small, text):
@@ -221,7 +224,8 @@ def test_a_loss_that_became_nan_ends_the_run_with_good_weights(train, one_line, 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process cannot be kept from memory")
 def test_out_of_memory_names_the_flags(run, one_line, small, text):
     little = limit("RLIMIT_AS", 8 << 30)
-    one_line(run("train.py", *small, "--batch_size", 400_000, cwd=text, ok=False, before=little), "--batch_size")
+    result = run("train.py", *small, "--batch_size", 400_000, cwd=text, ok=False, before=little)
+    one_line(result, "--batch_size")
 
 
 # --- other people's files ---
@@ -276,7 +280,8 @@ def a_run_as_it_begins(folder):
     (folder / "args.json").write_text("{", encoding="utf-8")
 
 
-BREAKS = [no_config, another_model, half_the_weights, no_vocabulary, a_vocabulary_too_large, a_run_as_it_begins]
+BREAKS = [no_config, another_model, half_the_weights, no_vocabulary, a_vocabulary_too_large,
+          a_run_as_it_begins]
 
 
 @pytest.mark.parametrize("break_it", BREAKS, ids=lambda break_it: break_it.__name__)
@@ -289,13 +294,18 @@ def test_a_broken_checkpoint_folder_is_named(run_here, train, one_line, text, ti
 
 
 MISTAKES = [  # flags, what the line names, status
-    (["--alpha", "-1"], "--alpha", 2), (["--alpha", "nan"], "--alpha", 2), (["--alpha", "1", "1"], "--alpha", 2),
-    (["--eps", "-1"], "--eps", 2), (["--batch_size", "0"], "--batch_size", 2), (["--alhpa", "1"], "--alhpa", 2),
-    (["--block_size", "4"], "--block_size", 2), (["--seed", "-1"], "--seed", 2), (["--dropout", "1"], "--dropout", 2),
+    (["--alpha", "-1"], "--alpha", 2), (["--alpha", "nan"], "--alpha", 2),
+    (["--alpha", "1", "1"], "--alpha", 2),
+    (["--eps", "-1"], "--eps", 2), (["--batch_size", "0"], "--batch_size", 2),
+    (["--alhpa", "1"], "--alhpa", 2),
+    (["--block_size", "4"], "--block_size", 2), (["--seed", "-1"], "--seed", 2),
+    (["--dropout", "1"], "--dropout", 2),
     (["--learning_rate", "inf"], "--learning_rate", 2), (["--out_dir", ""], "--out_dir", 2),
     (["--device", "tpu"], "--device tpu", 1), (["--data", "missing.txt"], "missing.txt", 1),
-    (["--data", "."], "", 1), (["--block_size", "4000"], "--block_size", 1), (["--init_from", "gpt5"], "gpt5", 1),
-    (["--init_from", "gpt2"], "gpt2", 1), (["--init_from", "./gpt2"], "gpt2", 1), (["--init_from", "a/b"], "a/b", 1),
+    (["--data", "."], "", 1), (["--block_size", "4000"], "--block_size", 1),
+    (["--init_from", "gpt5"], "gpt5", 1),
+    (["--init_from", "gpt2"], "gpt2", 1), (["--init_from", "./gpt2"], "gpt2", 1),
+    (["--init_from", "a/b"], "a/b", 1),
     (["--counts", "text.txt"], "text.txt", 1), (["--counts", "short.npy"], "short.npy", 1),
     (["--counts", "negative.npy"], "negative.npy", 1), (["--out_dir", "text.txt"], "text.txt", 1),
     (["--eps", "0", "--counts", "half.npy"], "eps", 1), (["--alpha", "30"], "alpha", 1),

@@ -1,4 +1,4 @@
-"""sample.py: what it generates, from what prompt, and the shift. All scripts, on platforms other than Linux."""
+"""sample.py: what it generates, from what prompt, and the shift. All scripts, on macOS and Windows."""
 
 import numpy as np
 import pytest

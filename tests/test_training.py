@@ -53,7 +53,7 @@ def test_one_step_is_one_step_on_eq_5(train, text, tiny, tokenizer, log):
     loss.backward()
     optimizer.step()
     for a, b in zip(GPT.from_pretrained(text / "out").parameters(), model.parameters()):
-        # Adam's first step is lr * sign(gradient). A gradient of 0 (the keys' bias) has the sign of its rounding.
+        # Adam's first step is lr * sign(gradient). Where that is 0 (the keys' bias), it has a random sign.
         clear = b.grad.abs() > 1e-5
         torch.testing.assert_close(a[clear], b[clear], rtol=0, atol=1e-6)
     assert (model.wte.weight.grad.abs() > 1e-5).float().mean() > 0.2
@@ -99,7 +99,8 @@ def test_evaluation_is_cross_entropy_by_token_and_by_band(train, text, tiny, tok
     for i, name in enumerate(count.BANDS):
         assert found["ce_by_band"][name] == pytest.approx(ce[band == i].mean().item(), rel=1e-5)
         assert found["accuracy_by_band"][name] == pytest.approx(right[band == i].float().mean().item())
-        assert found["share_of_weight"][name] == pytest.approx((w[band == i].sum() / w.sum()).item(), rel=1e-5)
+        share = (w[band == i].sum() / w.sum()).item()
+        assert found["share_of_weight"][name] == pytest.approx(share, rel=1e-5)
 
 
 # --- weights and data ---
@@ -116,22 +117,24 @@ def test_counts_are_scaled_and_added(train, text, losses):
 
 def test_alpha_rises_from_zero(train, text, losses):
     fixed = ["--max_iters", 2, "--learning_rate", 0, "--batch_size", 4]
-    for name, flags in {"rising": ["--alpha", 1, "--rising"], "0": ["--alpha", 0], "0.5": ["--alpha", 0.5]}.items():
+    runs = {"rising": ["--alpha", 1, "--rising"], "0": ["--alpha", 0], "0.5": ["--alpha", 0.5]}
+    for name, flags in runs.items():
         train(*fixed, *flags, "--out_dir", name)
     expected = {1: losses(text / "0")[1], 2: losses(text / "0.5")[2]}
     assert losses(text / "rising") == pytest.approx(expected, rel=1e-6)
 
 
 def test_pairs_are_learned_and_end(run_here, pairs, tiny, report):
-    out = run_here("train.py", "--init_from", tiny, "--data", "pairs.jsonl", "--block_size", 32, "--max_iters", 50,
-                   "--learning_rate", 4e-3, "--alpha", 0, "--batch_size", 8, "--device", "cpu", cwd=pairs).stdout
+    flags = ("--init_from", tiny, "--data", "pairs.jsonl", "--block_size", 32, "--max_iters", 50,
+             "--learning_rate", 4e-3, "--alpha", 0, "--batch_size", 8, "--device", "cpu")
+    out = run_here("train.py", *flags, cwd=pairs).stdout
     assert "90 pairs to train on, 10 held out" in out
     assert report(pairs / "out")["after"]["val_ce"] < 0.5 * report(pairs / "out")["before"]["val_ce"]
     sample = report(pairs / "out")["sample"]
     assert sample["prompt"] == "Question 9:" and sample["author"] == " the answer is 81. Yes. Yes. Yes. Yes."
     flags = "--prompt", "Question 12:", "--temperature", 0, "--num_samples", 1
     out = run_here("sample.py", *flags, cwd=pairs).stdout
-    assert "the answer is" in out and "Question" not in out.replace("Question 12", "")  # it stopped at its end
+    assert "the answer is" in out and "Question" not in out.replace("Question 12", "")  # it stopped
 
 
 def test_several_files_and_standard_input(run, small, text):
@@ -150,7 +153,8 @@ def test_a_padded_vocabulary_trains_and_is_never_sampled(run_here, small, text, 
     model.save_pretrained(text / "padded")
     for name in "vocab.json", "merges.txt":
         (text / "padded" / name).write_bytes((tiny / name).read_bytes())
-    run_here("train.py", *small, "--init_from", "padded", "--max_iters", 1, "--eps", 0, "--alpha", 0, cwd=text)
+    flags = "--init_from", "padded", "--max_iters", 1, "--eps", 0, "--alpha", 0
+    run_here("train.py", *small, *flags, cwd=text)
     assert GPT.from_pretrained(text / "out").config.vocab_size == 4160
     run_here("sample.py", "--init_from", "padded", "--temperature", 5, "--max_new_tokens", 20, cwd=text)
 
