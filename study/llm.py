@@ -88,14 +88,14 @@ def dft_loss(hidden, lm_head, targets):
     return ((-ce).exp().detach() * ce).mean()
 
 
-def finetune(task, method, seed, corpus, path):
+def finetune(task, method, seed, corpus, dtype, path):
     """The finetuned model. If its weights are at path, they are taken from there."""
     model = from_package(AutoModelForCausalLM, dtype=torch.float32)
     if path.exists():
         model.load_state_dict(torch.load(path, weights_only=True))
         return model.eval()
     model.train()
-    lm_head, dtype = model.lm_head.weight, pick_dtype("auto", torch.device("cpu"))  # (V, D)
+    lm_head = model.lm_head.weight  # (V, D)
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, fused=True)
     steps, start = STEPS[task], time.time()
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -180,10 +180,10 @@ def prompts_of(corpus):
     return [prompt for prompt, _ in chosen], [reference[:LENGTH] for _, reference in chosen]
 
 
-def one(task, method, seed, corpus, tokenizer, out):
+def one(task, method, seed, corpus, tokenizer, dtype, out):
     """Train, unless that is done, and measure: the entry of a run."""
     trained, x = ("plain", 0.25) if method == SHIFTED else (method, 0)
-    model = finetune(task, trained, seed, corpus, out / f"{name_of(task, trained, seed)}.pt")
+    model = finetune(task, trained, seed, corpus, dtype, out / f"{name_of(task, trained, seed)}.pt")
     prompts, references = prompts_of(corpus)
     bias, start = shift(corpus.freq, x), time.time()
     written, ended = complete(model, prompts, seed, tokenizer.eot_token, bias)
@@ -219,11 +219,14 @@ def main():
         examples = [list(map(tokenizer.decode, texts[:N_EXAMPLES])) for texts in (prompts, references)]
         results[task] = {"references": measures, "n": len(references), "steps": STEPS[task],
                          "examples": examples}
+    # All runs have the dtype of the first: the faster one is found by timing, which other work can mislead.
+    results.setdefault("dtype", str(pick_dtype("auto", torch.device("cpu"))).removeprefix("torch."))
+    dtype = getattr(torch, results["dtype"])
     todo = [run for run in runs() if name_of(*run) not in results]
     for number, (task, method, seed) in enumerate(todo, 1):
         name, start = name_of(task, method, seed), time.time()
         print(f"{number} of {len(todo)}: {name}", flush=True)
-        results[name] = one(task, method, seed, corpora[task], tokenizer, args.out_dir)
+        results[name] = one(task, method, seed, corpora[task], tokenizer, dtype, args.out_dir)
         save(results)
         print(f"  {(time.time() - start) / 60:.1f} minutes", flush=True)
 
