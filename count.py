@@ -346,7 +346,8 @@ def _corpus_of_pairs(name, pairs, tokenizer, T):
     description = (f"{name}: {len(starts):,} pairs to train on, {len(lengths):,} held out with "
                    f"{carries_loss.sum():,} tokens to predict")
     if n_cut:
-        description += f"; {n_cut:,} are longer than --block_size {T}, and their prompts lose the start"
+        description += (f"; {n_cut:,} are longer than --block_size {T} and lose the start of the prompt, then "
+                        "the end of the completion")
     prompt = int(carries_loss.argmax())  # tokens before the first that carries loss
     example = tokens[:prompt].tolist(), tokens[prompt : lengths[0] - 1].tolist()  # without the end of text
     return Corpus(description, T, training, training_loss, starts, rows, rows_loss, example)
