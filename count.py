@@ -13,13 +13,12 @@ import hashlib
 import io
 import itertools
 import json
-import os
 import re
 import sys
 import zlib
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -109,14 +108,10 @@ def encode(text, tokenizer):
 
 def encode_stream(texts, tokenizer):
     """Tokenize a stream of strings. Yields arrays; together they are the tokens of the whole text."""
+    pieces = _pieces(texts, tokenizer)
     with ThreadPoolExecutor() as pool:  # tiktoken releases the GIL
-        pending = deque()
-        for piece in _pieces(texts, tokenizer):
-            pending.append(pool.submit(encode, piece, tokenizer))
-            if len(pending) > 2 * os.cpu_count():  # limits the pieces in memory
-                yield pending.popleft().result()
-        for tokens in pending:
-            yield tokens.result()
+        while some := list(itertools.islice(pieces, 64)):  # not all at once, to save memory
+            yield from pool.map(lambda piece: encode(piece, tokenizer), some)
 
 
 # In GPT-2's tokenizer, a space or line end between two other characters always starts a new token.
@@ -155,20 +150,17 @@ def read(paths):
 
 
 def _read(paths):
-    kind = None  # of the items: str or tuple
-    end = END_OF_TEXT  # the last characters of the text so far
+    last = None  # the item before
     for path in paths:
-        if kind is not tuple and end != END_OF_TEXT:
-            yield END_OF_TEXT
+        if isinstance(last, str) and not last.endswith(END_OF_TEXT):
+            yield (last := END_OF_TEXT)
         empty = True
         try:
             for item in _read_file(path):
-                if kind not in (None, type(item)):
+                if last and type(item) is not type(last):
                     raise ValueError(f"{path}: give either pairs or text, not both")
-                kind = type(item)
-                if kind is str:
-                    end = (end + item)[-len(END_OF_TEXT) :]
-                empty = empty and kind is str and not item.removesuffix(END_OF_TEXT).strip()
+                last = item
+                empty = empty and isinstance(item, str) and not item.removesuffix(END_OF_TEXT).strip()
                 yield item
         except UnicodeDecodeError:
             raise ValueError(f"{path} is not UTF-8 text: convert it to UTF-8") from None
@@ -217,12 +209,6 @@ def encode_pairs(pairs, tokenizer):
 # --- what to train on, and what to evaluate on ---
 
 
-def inputs_and_targets(tokens, carries_loss):
-    """Sequences (n, T + 1) as inputs x and targets y, (n, T) int64 each. y is -100 where there is no loss."""
-    tokens = tokens.astype(np.int64)
-    return tokens[:, :-1], np.where(carries_loss, tokens, -100)[:, 1:]
-
-
 @dataclass
 class Corpus:
     """Text or pairs as tokens, split into a training part and a held-out tenth."""
@@ -237,41 +223,45 @@ class Corpus:
     example: tuple  # the tokens of a held-out prompt, and of what its author wrote after it
     freq: np.ndarray = None  # (V,), freq(t) of Eq. 3: how often each token carries loss in the training part
 
-    @property
-    def bands(self):
-        """(V,) int64, the frequency band of each token."""
-        return frequency_bands(self.freq)
-
-    def held_out_batch(self, rows):
-        """x and y of some held-out rows."""
-        return inputs_and_targets(self.held_out[rows], self.held_out_loss[rows])
-
     def batch(self, rng, n):
         """x and y of n training sequences, drawn with a numpy Generator."""
         begins = np.array([self.starts[i] for i in rng.integers(len(self.starts), size=n)])
         at = begins[:, None] + np.arange(self.block_size + 1)  # (n, T + 1)
         return inputs_and_targets(self.tokens[at], self.carries_loss[at])
 
+    def held_out_batch(self, rows):
+        """x and y of some held-out rows."""
+        return inputs_and_targets(self.held_out[rows], self.held_out_loss[rows])
+
     def counts(self, n_vocab):
         """How often each token carries loss in the training part: (n_vocab,) int64."""
-        counts = np.zeros(n_vocab, np.int64)
-        for at in range(0, len(self.tokens), 1 << 24):  # bincount takes 8 bytes a token
-            piece = slice(at, at + (1 << 24))
-            counts += np.bincount(self.tokens[piece][self.carries_loss[piece]], minlength=n_vocab)
-        return counts
+        return np.bincount(self.tokens[self.carries_loss], minlength=n_vocab)
 
+    @cached_property
+    def bands(self):
+        """(V,) int64, the frequency band of each token."""
+        return frequency_bands(self.freq)
+
+    @cached_property
     def digest(self):
-        """A SHA-256 that is the same only for the same data."""
+        """A SHA-256 that is the same only for the same data and counts."""
         sha256 = hashlib.sha256()
-        for part in self.tokens, self.carries_loss, self.held_out, self.held_out_loss:
+        for part in self.tokens, self.carries_loss, self.held_out, self.held_out_loss, self.freq:
             sha256.update(np.ascontiguousarray(part))
         return sha256.hexdigest()
 
 
-def load_corpus(paths, tokenizer, block_size):
+def inputs_and_targets(tokens, carries_loss):
+    """Sequences (n, T + 1) as inputs x and targets y, (n, T) int64 each. y is -100 where there is no loss."""
+    tokens = tokens.astype(np.int64)
+    return tokens[:, :-1], np.where(carries_loss, tokens, -100)[:, 1:]
+
+
+def load_corpus(paths, tokenizer, block_size, counts=None):
     """The Corpus of files (see read), or without any, of the language reference inside every Python.
 
-    Raises OSError or ValueError for files that cannot be read, or are too short to hold out a tenth.
+    counts: files for load_counts, in place of the counts of the training part. Raises OSError or ValueError
+    for files that cannot be read, or are too short to hold out a tenth.
     """
     name = ", ".join(Path(path).name for path in paths or ["the Python language reference"])
     if paths:
@@ -281,26 +271,24 @@ def load_corpus(paths, tokenizer, block_size):
 
         is_pairs, items = False, ["\n\n".join(topics.values())]
     corpus = (_corpus_of_pairs if is_pairs else _corpus_of_text)(name, items, tokenizer, block_size)
-    corpus.freq = corpus.counts(tokenizer.n_vocab)
+    corpus.freq = load_counts(counts, tokenizer.n_vocab) if counts else corpus.counts(tokenizer.n_vocab)
     return corpus
 
 
 def _corpus_of_text(name, texts, tokenizer, T):
-    """Every tenth stretch is held out, rather than the end, because the parts of a text differ."""
+    """Every tenth stretch of T + 1 tokens is held out, rather than the end: the parts of a text differ."""
     dtype = np.min_scalar_type(tokenizer.n_vocab)  # uint16 for GPT-2's
     tokens = np.concatenate([piece.astype(dtype) for piece in encode_stream(texts, tokenizer)])
-    if len(tokens) < 10 * (T + 1):
+    n = len(tokens) // (10 * (T + 1))
+    if n == 0:
         raise ValueError(f"{name} has {len(tokens):,} tokens, but to hold out a tenth --block_size {T} needs "
                          f"{10 * (T + 1):,}: lower it, or give more text")
-    n_rows = min(4, max(1, len(tokens) // (80 * T)))  # of T targets each, in a stretch
-    stretch = n_rows * T + 1
-    n = len(tokens) // (10 * stretch)
-    tens = tokens[: n * 10 * stretch].reshape(n, 10, stretch)
+    tens, rest = np.split(tokens, [n * 10 * (T + 1)])
+    tens = tens.reshape(n, 10, T + 1)
+    rows = tens[:, 9]  # (n, T + 1)
     # A training sequence may cross the gap that a held-out stretch leaves.
-    training = np.concatenate((tens[:, :9].flatten(), tokens[tens.size :]))
-    # The last target of a row is the first input of the next.
-    rows = np.stack([tens[:, 9, i * T : i * T + T + 1] for i in range(n_rows)], axis=1).reshape(-1, T + 1)
-    description = f"{name}: {len(training):,} tokens to train on, {n * n_rows * T:,} held out"
+    training = np.concatenate((tens[:, :9].flatten(), rest))
+    description = f"{name}: {len(training):,} tokens to train on, {n * T:,} held out"
     example = rows[0, : T // 4].tolist(), rows[0, T // 4 :].tolist()
     return Corpus(description, T, training, np.broadcast_to(True, len(training)), range(len(training) - T),
                   rows, np.broadcast_to(True, rows.shape), example)
@@ -312,45 +300,50 @@ def _corpus_of_pairs(name, pairs, tokenizer, T):
     A training sequence starts with a pair and goes on into the next ones. A held-out row has as many whole
     pairs as fit. A pair that is too long loses the start of its prompt, then the end of its completion.
     """
-    tokens, carries_loss, lengths, numbers, number_of = bytearray(), bytearray(), [], [], {}
-    dtype, n_cut = np.min_scalar_type(tokenizer.n_vocab), 0
+    dtype = np.min_scalar_type(tokenizer.n_vocab)
+    fitting, numbers, number_of, n_cut = [], [], {}, 0
     for prompt, completion in encode_pairs(pairs, tokenizer):
         numbers.append(number_of.setdefault(hash(prompt.tobytes()), len(number_of)))  # a hash saves memory
         n_cut += len(prompt) + len(completion) > T + 1
         prompt = prompt[-max(1, T + 1 - len(completion)) :]
-        completion = completion[: T + 1 - len(prompt)]
-        tokens += np.concatenate((prompt, completion)).astype(dtype).tobytes()
-        carries_loss += b"\0" * len(prompt) + b"\1" * len(completion)
-        lengths.append(len(prompt) + len(completion))
-    tokens, carries_loss = np.frombuffer(tokens, dtype), np.frombuffer(carries_loss, bool)
-    lengths, numbers = np.array(lengths), np.array(numbers)
-    # With fewer than ten different prompts, every tenth pair is held out.
-    held_out = (numbers if len(number_of) >= 10 else np.arange(len(lengths))) % 10 == 9  # (pairs,)
-    if not held_out.any():
-        raise ValueError(f"{name} has {len(lengths)} pairs: give at least ten, since a tenth is held out")
+        fitting.append((prompt.astype(dtype), completion[: T + 1 - len(prompt)].astype(dtype)))
+    if len(number_of) < 10:
+        numbers = range(len(fitting))  # with fewer than ten different prompts, every tenth pair is held out
+    training = [pair for number, pair in zip(numbers, fitting) if number % 10 < 9]
+    held_out = [pair for number, pair in zip(numbers, fitting) if number % 10 == 9]
+    if not held_out:
+        raise ValueError(f"{name} has {len(fitting)} pairs: give at least ten, since a tenth is held out")
 
-    starts = np.cumsum(lengths[~held_out]) - lengths[~held_out]
-    of_token = np.repeat(held_out, lengths)  # (tokens,)
+    lengths = [len(prompt) + len(completion) for prompt, completion in training]
+    starts = np.cumsum(lengths) - lengths
     # T tokens of padding, so that the last pair can start a sequence, too.
-    training, training_loss = (np.append(a[~of_token], np.zeros(T, a.dtype)) for a in (tokens, carries_loss))
-    tokens, carries_loss, lengths = tokens[of_token], carries_loss[of_token], lengths[held_out]
-    ends = [0]  # of the held-out rows
-    for end, length in zip(np.cumsum(lengths).tolist(), lengths.tolist()):
-        if len(ends) == 1 or end - ends[-2] > T + 1:
-            ends.append(end)
-        ends[-1] = end
-    rows, rows_loss = np.zeros((len(ends) - 1, T + 1), tokens.dtype), np.zeros((len(ends) - 1, T + 1), bool)
-    for i, (begin, end) in enumerate(zip(ends, ends[1:])):
-        rows[i, : end - begin], rows_loss[i, : end - begin] = tokens[begin:end], carries_loss[begin:end]
-
-    description = (f"{name}: {len(starts):,} pairs to train on, {len(lengths):,} held out with "
-                   f"{carries_loss.sum():,} tokens to predict")
+    tokens, carries_loss = _side_by_side(training, sum(lengths) + T)
+    rows, room = [], 0
+    for prompt, completion in held_out:
+        if len(prompt) + len(completion) > room:
+            rows.append([])
+            room = T + 1
+        rows[-1].append((prompt, completion))
+        room -= len(prompt) + len(completion)
+    rows, rows_loss = map(np.stack, zip(*(_side_by_side(row, T + 1) for row in rows)))
+    description = (f"{name}: {len(training):,} pairs to train on, {len(held_out):,} held out with "
+                   f"{rows_loss.sum():,} tokens to predict")
     if n_cut:
         description += (f"; {n_cut:,} are longer than --block_size {T} and lose the start of the prompt, then "
                         "the end of the completion")
-    prompt = int(carries_loss.argmax())  # tokens before the first that carries loss
-    example = tokens[:prompt].tolist(), tokens[prompt : lengths[0] - 1].tolist()  # without the end of text
-    return Corpus(description, T, training, training_loss, starts, rows, rows_loss, example)
+    prompt, completion = held_out[0]
+    example = prompt.tolist(), completion[:-1].tolist()  # without the end of text
+    return Corpus(description, T, tokens, carries_loss, starts, rows, rows_loss, example)
+
+
+def _side_by_side(pairs, size):
+    """Pairs one after the other and then zeros: tokens (size,), and which of them carry loss (size,) bool."""
+    tokens, carries_loss, end = np.zeros(size, pairs[0][0].dtype), np.zeros(size, bool), 0
+    for prompt, completion in pairs:
+        middle, end = end + len(prompt), end + len(prompt) + len(completion)
+        tokens[middle - len(prompt) : end] = np.concatenate((prompt, completion))
+        carries_loss[middle:end] = True
+    return tokens, carries_loss
 
 
 # --- counts ---

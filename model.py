@@ -37,9 +37,6 @@ class GPTConfig:
     n_head: int = 12
     n_inner: int | None = None  # width of the MLP; None: 4 * n_embd
     layer_norm_epsilon: float = 1e-5
-    embd_pdrop: float = 0.1
-    attn_pdrop: float = 0.1
-    resid_pdrop: float = 0.1
     eos_token_id: int = 50256  # the end-of-text token
     other: dict = field(default_factory=dict)  # all other fields, to be saved as they were
 
@@ -47,10 +44,10 @@ class GPTConfig:
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.dropout = config.n_head, config.attn_pdrop
+        self.n_head = config.n_head
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key and value at once
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
-        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+        self.dropout = nn.Dropout(0.0)
 
     def forward(self, x, cache=None, pos=0):
         B, T, C = x.shape
@@ -59,11 +56,11 @@ class Attention(nn.Module):
         if cache is not None:  # (2, B, n_head, length, C / n_head): keys and values of the tokens before pos
             cache[:, :, :, pos : pos + T] = torch.stack((k, v))
             k, v = cache[:, :, :, : pos + T]  # (B, n_head, pos + T, C / n_head) each
-        dropout = self.dropout if self.training else 0.0
+        dropout = self.dropout.p if self.training else 0.0
         # The causal mask. A single token sees all tokens so far. (With a cache and pos > 0, T must be 1.)
         y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, dropout_p=dropout, is_causal=T > 1)
         y = y.to(x.dtype).transpose(1, 2).reshape(B, T, C)  # the heads side by side
-        return self.resid_dropout(self.c_proj(y))
+        return self.dropout(self.c_proj(y))
 
 
 class MLP(nn.Module):
@@ -72,7 +69,7 @@ class MLP(nn.Module):
         n_inner = config.n_inner or 4 * config.n_embd
         self.c_fc = nn.Linear(config.n_embd, n_inner)
         self.c_proj = nn.Linear(n_inner, config.n_embd)
-        self.dropout = nn.Dropout(config.resid_pdrop)
+        self.dropout = nn.Dropout(0.0)
 
     def forward(self, x):
         return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
@@ -104,7 +101,7 @@ class GPT(nn.Module):
         self.activation_checkpointing = False
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
-        self.drop = nn.Dropout(config.embd_pdrop)
+        self.drop = nn.Dropout(0.0)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
         for name, p in self.named_parameters():
@@ -115,12 +112,10 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
 
     def set_dropout(self, p):
-        """Set every dropout probability."""
+        """Set every dropout probability, which is 0 otherwise, whatever config.json says."""
         for module in self.modules():
             if isinstance(module, nn.Dropout):
                 module.p = p
-            elif isinstance(module, Attention):
-                module.dropout = p
 
     @property
     def lm_head(self):
@@ -213,21 +208,21 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None):
     """A token for each row of logits (B, V): (B,). The arguments are those of GPT.generate."""
     if temperature < 1e-6:
         return logits.argmax(-1)
-    p, token = (logits / temperature).softmax(-1), None  # (B, V)
+    logits = logits / temperature
     if top_k is not None:
-        p, token = p.topk(min(top_k, p.shape[-1]))  # (B, k) each
-        p = p / p.sum(-1, keepdim=True)
-    if top_p is not None and top_p < 1:
+        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    p = logits.softmax(-1)  # (B, V)
+    if top_p is not None:
         # Sorting GPT-2's vocabulary takes longer than the network. The likeliest 1,000 tokens mostly suffice.
         for n in min(1000, p.shape[-1]), p.shape[-1]:
-            likeliest, index = p.topk(n)  # (B, n) each, the likeliest first
+            likeliest = p.topk(n).values  # (B, n), the likeliest first
             before = likeliest.cumsum(-1) - likeliest  # how likely the tokens before each are together
             if before[:, -1].min() >= top_p:
                 break
-        likeliest[(before >= top_p) & (before > 0)] = 0  # but the first stays, however small top_p is
-        p = torch.zeros_like(p).scatter(1, index, likeliest)
-    choice = draw(p)
-    return choice if token is None else token.gather(1, choice[:, None])[:, 0]
+        n_kept = (before < top_p).sum(-1, keepdim=True).clamp(min=1)  # (B, 1)
+        p = p.masked_fill(p < likeliest.gather(1, n_kept - 1), 0)
+    return draw(p)
 
 
 def draw(p):
@@ -275,10 +270,8 @@ def read_config(folder):
 
 
 def read_weights(folder, model):
-    """The state dict for a GPT from a checkpoint folder, in float32. Raises OSError or ValueError."""
-    path = next((folder / name for name in WEIGHTS if (folder / name).exists()), None)
-    if path is None:
-        raise FileNotFoundError(f"{folder} has neither {' nor '.join(WEIGHTS)}")
+    """The state dict for a GPT from a checkpoint folder, in float32. Raises ValueError."""
+    path = next(folder / name for name in WEIGHTS if (folder / name).exists())
     try:
         stored = load_state(path) if path.suffix == ".bin" else read_safetensors(path)
         state = {}
@@ -309,21 +302,14 @@ def transpose_linear(name, w):
 def read_safetensors(path):
     """{name: tensor}. The file has 8 bytes for the header's length, the header in JSON, and the tensors."""
     with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        start = 8 + int.from_bytes(file.read(8), "little")
-        if start > size:
-            raise ValueError("it is cut short")
-        header, state = json.loads(file.read(start - 8)), {}
-        header.pop("__metadata__", None)
+        length = int.from_bytes(file.read(8), "little")
+        header, state = json.loads(file.read(length)), {}
         for name, entry in header.items():
-            begin, end = entry["data_offsets"]
-            if not 0 <= begin <= end <= size - start:
-                raise ValueError("it is cut short")
-            if not name.endswith(NOT_WEIGHTS):  # which may have other dtypes
-                data = torch.empty(end - begin, dtype=torch.uint8)  # read, since a tensor may be unaligned
-                file.seek(start + begin)
-                file.readinto(data.numpy())
-                state[name] = data.view(DTYPES[entry["dtype"]]).view(entry["shape"])
+            if name != "__metadata__" and not name.endswith(NOT_WEIGHTS):  # which may have other dtypes
+                begin, end = entry["data_offsets"]
+                file.seek(8 + length + begin)
+                data = bytearray(file.read(end - begin))  # in memory of its own, since it may be unaligned
+                state[name] = torch.frombuffer(data, dtype=DTYPES[entry["dtype"]]).view(entry["shape"])
         return state
 
 
@@ -392,8 +378,10 @@ def checkpoint_folder(name_or_folder, weights=True):
         if not is_complete(folder, weights):
             fetch(name, repo, own, weights)
     if not is_complete(folder, weights):
-        tokenizer = "it has neither tokenizer.json nor vocab.json and merges.txt"
-        raise FileNotFoundError(f"{name} cannot be used: {whats_wrong(folder) if weights else tokenizer}")
+        needs = f"config.json and {' or '.join(WEIGHTS)} (an adapter must be merged, shards be joined)"
+        if not weights:
+            needs = "tokenizer.json, or vocab.json and merges.txt"
+        raise FileNotFoundError(f"{name} is none of {', '.join(RELEASED)}, and no folder with {needs}")
     return folder
 
 
@@ -402,18 +390,6 @@ def is_complete(folder, weights):
     if weights:
         return "config.json" in has and not has.isdisjoint(WEIGHTS)
     return "tokenizer.json" in has or {"vocab.json", "merges.txt"} <= has
-
-
-def whats_wrong(folder):
-    for pattern, reason in {
-        "adapter_config.json": "it is a PEFT adapter; merge it into its model and save that",
-        "*.index.json": "its weights are in several files; save it with a larger max_shard_size",
-        "*/config.json": "it holds several checkpoints; name one of them",
-        "config.json": f"it has neither {' nor '.join(WEIGHTS)}",
-    }.items():
-        if any(folder.glob(pattern)):
-            return reason
-    return f"it has no config.json (names are {', '.join(RELEASED)}, and OWNER/NAME on the hub)"
 
 
 def hub_snapshot(repo):
@@ -455,11 +431,8 @@ def download(repo, path):
                         print(f"{path.name}: {done:,} of {size:,} bytes\033[K", end="\r", file=sys.stderr)
         if size and done != size:
             raise OSError(f"{path.name}: {done:,} of {size:,} bytes came; try again")
-        with open(part, "rb") as file:
-            if file.read(5).lower() in (b"<html", b"<!doc"):
-                raise ValueError("a log-in page")
         if path.suffix == ".json":
-            json.loads(part.read_bytes())
+            json.loads(part.read_bytes())  # fails for a log-in page
         os.replace(part, path)
     except urllib.error.HTTPError as error:
         if error.code != 404:
@@ -498,7 +471,8 @@ def pick_dtype(name, device, sampling=False):
         return torch.bfloat16 if has_bfloat16 else torch.float16
     if not has_bfloat16:
         return torch.float32
-    a, b, mean = torch.ones(512, 768), torch.ones(768, 3072), {}
-    for dtype in torch.float32, torch.bfloat16:  # not every CPU that has bfloat16 is faster with it
-        mean[dtype] = Timer("a @ b", globals={"a": a.to(dtype), "b": b.to(dtype)}).timeit(5).mean
-    return min(mean, key=mean.get)
+    def seconds(dtype):
+        a, b = torch.ones(512, 768, dtype=dtype), torch.ones(768, 3072, dtype=dtype)
+        return Timer("a @ b", globals={"a": a, "b": b}).timeit(5).mean
+
+    return min(torch.float32, torch.bfloat16, key=seconds)  # not every CPU that has bfloat16 is faster with it

@@ -26,8 +26,8 @@ def pdl_weights(counts, alpha=0.5, eps=1.0):
 
     counts: (V,) tensor, array or list, how often each token occurs in a corpus.
     alpha: strength of the decay. 0 makes every weight exactly 1, which is plain cross-entropy.
-    eps: added to every count. An unseen token weighs eps^-alpha: with eps=1 that is 1, and no token weighs
-        more. If counts are probabilities, take a much smaller eps (the paper: 1e-6).
+    eps: added to every count. With eps=1 an unseen token weighs 1, and no token weighs more. If counts are
+        probabilities, take a much smaller eps (the paper: 1e-6).
 
     Raises ValueError if an argument is out of range.
     """
@@ -60,8 +60,8 @@ def pdl_loss(logits, targets, weights, reduction="mean", ignore_index=-100):
     """Cross-entropy with a weight on each target (Eq. 5).
 
     logits: (..., V) of any floating dtype. Half precision is raised to float32.
-    targets: (...) int64, the token that each position should predict. Set those of the context X, which
-        carries no loss, to ignore_index.
+    targets: (...) int64, the token that each position should predict, or ignore_index where there is no
+        loss, as in the context X.
     weights: (V,) from pdl_weights.
     reduction: "mean" is sum(w * ce) / sum(w), whose scale does not change with alpha. "sum" is Eq. 5 to the
         letter. "none" is w * ce of every target.
@@ -140,8 +140,7 @@ class _ChunkedLoss(torch.autograd.Function):
         largest = w.max().clamp(min=torch.finfo(w.dtype).tiny) if N else loss
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         d_head = torch.zeros_like(lm_head, dtype=w.dtype) if ctx.needs_input_grad[1] else None
-        n_chunks = math.ceil(N * V / CHUNK_LOGITS)
-        rows = math.ceil(N / max(1, n_chunks)) or 1
+        rows = max(1, CHUNK_LOGITS // V)
         logits_buffer, p_buffer = hidden.new_empty(2, min(rows, N), V)  # on a CPU, fresh memory is slow
         for start in range(0, N, rows):
             chunk = slice(start, start + rows)
@@ -160,9 +159,8 @@ class _ChunkedLoss(torch.autograd.Function):
                 weighted = (h * (wt / largest)[:, None]).to(h.dtype)
                 if p.dtype == d_head.dtype:
                     d_head.addmm_(p.T, weighted)
-                else:  # summed in float32, 2,048 tokens at a time, so that no second (V, D) is needed
-                    for total, part in zip(d_head.split(2048), p.T.split(2048)):
-                        total += part @ weighted
+                else:  # summed in float32
+                    d_head += p.T @ weighted
         ctx.save_for_backward(d_hidden, d_head, w, largest)
         ctx.head_dtype = lm_head.dtype
         return loss

@@ -5,9 +5,6 @@ Generate text: with what train.py left in out/, with a checkpoint folder, or wit
     python sample.py --init_from out/alpha-0 --counts out/alpha-0/counts.npy --shift 0.25
 """
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import torch
 
@@ -44,7 +41,7 @@ def write(model, tokenizer, prompt, length, logit_bias=None, n=1, seed=0, **how)
 def main():
     p = ArgumentParser(description="Generate text with a GPT-2 checkpoint.")
     p.flag("init_from", "out", "a checkpoint folder, a released GPT-2, or OWNER/NAME on the hub")
-    p.flag("prompt", "\n", 'text to continue; - is standard input, FILE:path a file, "" the start of a text')
+    p.flag("prompt", "\n", 'text to continue; "" is the start of a text')
     p.flag("num_samples", 3, "samples, generated side by side", at_least(1))
     p.flag("max_new_tokens", 200, "tokens in each; slow beyond the model's context window", at_least(1))
     p.flag("temperature", 0.8, "lower is more predictable; 0 takes the likeliest token", at_least(0, float))
@@ -65,16 +62,11 @@ def main():
     bias = shift(load_counts(args.counts, tokenizer.n_vocab), args.shift) if args.counts else None
     model = GPT.from_pretrained(args.init_from)
     model.to(device, pick_dtype(args.dtype, device, sampling=True))
-    prompt = args.prompt
-    if prompt == "-":
-        prompt = sys.stdin.buffer.read().decode()
-    elif prompt.startswith("FILE:"):
-        prompt = Path(prompt.removeprefix("FILE:")).read_text(encoding="utf-8")
-    tokens = encode(prompt, tokenizer).tolist() or [tokenizer.eot_token]
+    tokens = encode(args.prompt, tokenizer).tolist() or [tokenizer.eot_token]
     how = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p")}
     samples = write(model, tokenizer, tokens, args.max_new_tokens, bias, args.num_samples, args.seed, **how)
     for sample in samples:
-        print(prompt + tokenizer.decode(sample) + "\n" + "-" * 80)
+        print(args.prompt + tokenizer.decode(sample) + "\n" + "-" * 80)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,10 @@ The loss comes from pdl.py, the network from model.py, the batches from count.py
 """
 
 import argparse
-import hashlib
 import json
 import math
 import os
-import re
+import shlex
 import time
 from pathlib import Path
 
@@ -48,10 +47,7 @@ def main():
     note = choose_model(args, device)
     say(note)
     tokenizer = count.load_tokenizer(args.init_from)
-    corpus = count.load_corpus(args.data, tokenizer, args.block_size)
-    if args.counts:
-        corpus.freq = count.load_counts(args.counts, tokenizer.n_vocab)
-
+    corpus = count.load_corpus(args.data, tokenizer, args.block_size, args.counts)
     reports = []
     try:
         for alpha in args.alpha:
@@ -61,17 +57,16 @@ def main():
             reports.append(finetune(args, alpha, folder, device, tokenizer, corpus))
             say(table_of_run(reports[-1]))
     except KeyboardInterrupt:
-        say("\nstopped. To go on from the last save: python train.py --resume --out_dir "
-            + quote(args.out_dir))
+        say(f"\nstopped. To go on: python train.py --resume --out_dir {shlex.quote(args.out_dir)}")
         raise
-    except (MemoryError, RuntimeError) as error:  # on a CPU torch raises no OutOfMemoryError
-        if isinstance(error, RuntimeError) and not re.search("(out of|allocate|enough) memory", str(error)):
+    except RuntimeError as error:
+        if "memory" not in str(error):
             raise
         raise ValueError("out of memory: halve --batch_size and double --gradient_accumulation_steps, which "
                          "is the same training, or lower --block_size") from None
     if len(reports) > 1:
         say(table_of_series(reports))
-    say(f"now: python sample.py --init_from {quote(folder)}")
+    say(f"now: python sample.py --init_from {shlex.quote(str(folder))}")
     say(note)
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
@@ -87,10 +82,9 @@ def finetune(args, alpha, folder, device, tokenizer, corpus):
     optimizer = make_optimizer(args, model)
     final_weights = step_weights(args.max_iters, alpha, args, corpus, model)  # (V,)
     shifts = {f"{x:g}": shift(corpus.freq, x) for x in args.alpha if alpha == 0 and x > 0}  # (V,) each
-    digests = {"data": corpus.digest(), "counts": hashlib.sha256(corpus.freq.tobytes()).hexdigest()}
     step, before, best = 0, None, None  # the evaluations before training, and of the best model
     if resuming:
-        step, before, best = resume(folder, args, model, optimizer, digests)
+        step, before, best = resume(folder, args, model, optimizer, corpus.digest)
     elif RANK == 0:
         claim(folder, args, corpus)
     evaluated = step if resuming else None  # the step of the last evaluation
@@ -108,7 +102,7 @@ def finetune(args, alpha, folder, device, tokenizer, corpus):
             before, evaluated = before or result, step
             if step > 0 and (best is None or result["val_pdl"] < best["val_pdl"]):
                 best = result
-            save(folder, model, optimizer, step=step, before=before, best=best, **digests)
+            save(folder, model, optimizer, step=step, before=before, best=best, digest=corpus.digest)
             logged = time.time(), step
         if step == args.max_iters:
             break
@@ -387,12 +381,11 @@ def save(folder, model, optimizer, **state):
             model.save_pretrained(folder)
 
 
-def resume(folder, args, model, optimizer, digests):
+def resume(folder, args, model, optimizer, digest):
     """Go on from resume.pt: the step, and the evaluations before training and of the best model."""
     state = load_state(folder / "resume.pt")
-    for name, digest in digests.items():
-        if state.get(name) != digest:
-            raise ValueError(f"--resume: the {name} are not those that the run in {folder} had")
+    if state["digest"] != digest:
+        raise ValueError(f"--resume: the data or the counts are not those that the run in {folder} had")
     step, before, best = state["step"], state["before"], state["best"]
     if step > args.max_iters:
         raise ValueError(f"--max_iters {args.max_iters}: {folder} is at step {step} already")
@@ -402,7 +395,7 @@ def resume(folder, args, model, optimizer, digests):
         os.truncate(folder / "log.jsonl", state["log_bytes"])  # what came after the save is trained again
         (folder / "report.json").unlink(missing_ok=True)
         write_json(folder / "args.json", flags_of(args))
-        save(folder, model, optimizer, step=step, before=before, best=best, **digests)
+        save(folder, model, optimizer, step=step, before=before, best=best, digest=digest)
     return step, before, best
 
 
@@ -431,11 +424,11 @@ def make_parser():
     p.add_argument("--rising", action="store_true", help="let alpha rise from 0 to its value over the run")
     p.flag("eps", 1.0, "added to every count (Eq. 3)", not_negative)
     p.flag("counts", None, "token counts from count.py, added up (default: those of the training text)",
-           nargs="+", action="extend", metavar="FILE.npy[:SCALE]")
+           os.path.abspath, nargs="+", action="extend", metavar="FILE.npy[:SCALE]")
     p.flag("data", None, "UTF-8 text, or JSON Lines with pairs or documents; - is standard input (default: "
-           "Python's language reference)", nargs="+", action="extend", metavar="FILE")
+           "Python's language reference)", absolute, nargs="+", action="extend", metavar="FILE")
     p.flag("init_from", None, "a released GPT-2, OWNER/NAME on the hub, or a checkpoint folder (default: "
-           "gpt2, or tiny/ if that cannot be had)")
+           "gpt2, or tiny/ if that cannot be had)", absolute)
     p.flag("out_dir", "out", "a new folder for the run")
     p.add_argument("--resume", action="store_true", help="go on with the run in --out_dir, with its flags")
     p.flag("max_iters", 300, "optimizer steps", positive)
@@ -459,31 +452,29 @@ def make_parser():
     return p
 
 
+def absolute(path):
+    """The absolute path of a file or folder, since --resume may come from another directory."""
+    return os.path.abspath(path) if os.path.exists(path) else path
+
+
 def parse_args():
     p = make_parser()
-    args = p.parse_args()
-    given = p.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args))))  # None where not given
-    for flags in args, given:  # absolute paths, since --resume may come from another directory
-        flags.data = [path if path == "-" else os.path.abspath(path) for path in flags.data or []]
-        flags.counts = [os.path.abspath(path) for path in flags.counts or []]
-        if flags.init_from and Path(flags.init_from).is_dir():
-            flags.init_from = os.path.abspath(flags.init_from)
-    out = Path(args.out_dir)
-    if not args.out_dir:
-        p.error("--out_dir is empty")
+    args, out = p.parse_args(), Path(p.parse_args().out_dir)
     if args.resume:
         had = flags_of_run(p, out)
-        for name, value in flags_of(given).items():
-            if value not in (None, []) and value != had.get(name) and name != "max_iters":
-                p.error(f"--resume: --{name} was {had.get(name)}, not {value}: name another --out_dir")
-        args = argparse.Namespace(**vars(args) | had | {"max_iters": given.max_iters or had["max_iters"]})
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(NOT_EMPTY.format(out))
+        p.set_defaults(**dict.fromkeys(had))  # now a flag is None unless it is given
+        given = vars(p.parse_args())
+        for name in had.keys() - {"max_iters"}:
+            if given[name] not in (None, had[name]):
+                p.error(f"--resume: --{name} was {had[name]}, not {given[name]}: name another --out_dir")
+        args = argparse.Namespace(**given | had | {"max_iters": given["max_iters"] or had["max_iters"]})
+    elif not args.out_dir or out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(NOT_EMPTY.format(args.out_dir))
     if len({f"{alpha:g}" for alpha in args.alpha}) < len(args.alpha):  # folders are named by alpha
         p.error("--alpha has a value twice")
     if args.batch_size * args.gradient_accumulation_steps < WORLD_SIZE:
         p.error("--batch_size is too small: each process needs a sequence of every batch")
-    if WORLD_SIZE > 1 and "-" in args.data:
+    if WORLD_SIZE > 1 and "-" in (args.data or []):
         p.error("--data -: several processes cannot share standard input")
     return args
 
@@ -501,11 +492,6 @@ def flags_of_run(p, out):
         return had
     except (ValueError, KeyError, TypeError):
         p.error(f"--resume: {path} is damaged")
-
-
-def quote(path):
-    """A path as it is typed in a shell."""
-    return f'"{path}"' if re.search(r"\s", str(path)) else str(path)
 
 
 if __name__ == "__main__":
