@@ -475,4 +475,4 @@ def pick_dtype(name, device, sampling=False):
         a, b = torch.ones(512, 768, dtype=dtype), torch.ones(768, 3072, dtype=dtype)
         return Timer("a @ b", globals={"a": a, "b": b}).timeit(5).mean
 
-    return min(torch.float32, torch.bfloat16, key=seconds)  # not every CPU that has bfloat16 is faster with it
+    return min(torch.float32, torch.bfloat16, key=seconds)  # some CPUs are slower with bfloat16

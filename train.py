@@ -251,13 +251,14 @@ def evaluate(args, model, corpus, weights, device, logit_bias=None):
                 sums.index_add_(1, bands[t], torch.stack((torch.ones_like(ce), ce, right, w, w * ce)))
     model.train()
     n, ce, right, w, w_ce = all_sum(sums)  # (3,) each
-    result = {"val_ce": ce.sum() / n.sum(), "val_pdl": w_ce.sum() / w.sum(),
-              "accuracy": right.sum() / n.sum()}
-    by_band = {"ce_by_band": ce / n, "accuracy_by_band": right / n, "share_of_text": n / n.sum(),
-               "share_of_weight": w / w.sum()}
-    return {name: value.item() for name, value in result.items()} | {
-        name: {band: x for band, x, there in zip(BANDS, values.tolist(), n) if there}
-        for name, values in by_band.items()}
+
+    def by_band(values):
+        return {band: value for band, value, there in zip(BANDS, values.tolist(), n) if there}
+
+    return {"val_ce": (ce.sum() / n.sum()).item(), "val_pdl": (w_ce.sum() / w.sum()).item(),
+            "accuracy": (right.sum() / n.sum()).item(), "ce_by_band": by_band(ce / n),
+            "accuracy_by_band": by_band(right / n), "share_of_text": by_band(n / n.sum()),
+            "share_of_weight": by_band(w / w.sum())}
 
 
 def sample_text(args, model, tokenizer, corpus):
