@@ -329,8 +329,8 @@ def _corpus_of_pairs(name, pairs, tokenizer, T):
     description = (f"{name}: {len(training):,} pairs to train on, {len(held_out):,} held out with "
                    f"{rows_loss.sum():,} tokens to predict")
     if n_cut:
-        description += (f"; {n_cut:,} are longer than --block_size {T} and lose the start of the prompt, then "
-                        "the end of the completion")
+        description += (f"; {n_cut:,} are longer than --block_size {T}: they lose the start of the prompt, "
+                        "then the end of the completion")
     prompt, completion = held_out[0]
     example = prompt.tolist(), completion[:-1].tolist()  # without the end of text
     return Corpus(description, T, tokens, carries_loss, starts, rows, rows_loss, example)
