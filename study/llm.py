@@ -149,7 +149,7 @@ def complete(model, prompts, seed, eot, bias):
     own tokens take the place of drawn ones. So nothing is padded.
     """
     def forward(idx, cache):
-        return model.model(idx, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+        return model.model(idx, None, None, cache, use_cache=True).last_hidden_state[:, -1]
 
     torch.manual_seed(seed)
     device, K = bias.device, len(TEMPERATURES)
