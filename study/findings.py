@@ -22,6 +22,7 @@ import numpy as np
 from study import BANDS, RERUN, RISING, TASKS, TEMPERATURES, name_of, replace
 
 FOLDER = Path(__file__).parent
+LLM = FOLDER / "llm.json"  # which llm.py writes; llm_findings.py has its tables
 FIFTH = {"dialogue": ("dialogue", 200)}  # a task of the record alone
 T95 = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764}  # Student's t by degrees of freedom, for 95% intervals
 
@@ -385,9 +386,13 @@ def table_of_small_data(results):
 # --- the page ---
 
 
-def results_page(record, rerun):
-    """study/results.md. record: the content of study.json. rerun: that of rerun.json, or {}."""
+def results_page(record, rerun, llm):
+    """study/results.md. record: the content of study.json. rerun, llm: of rerun.json and llm.json, or {}."""
     page = HEAD
+    if llm:
+        from llm_findings import section  # which imports this file
+
+        page += section(llm)
     if rerun:
         n_entries = sum(", seed " in name for name in rerun)
         page += TODAY.format(n=n_entries) + table_of_headline(rerun, record)
@@ -539,10 +544,10 @@ if __name__ == "__main__":
     p.add_argument("--figure", action="store_true", help="draw study.svg and alpha.svg, not results.md")
     args = p.parse_args()
     record = json.loads((FOLDER / "study.json").read_bytes())
-    rerun = json.loads(RERUN.read_bytes()) if RERUN.exists() else {}
+    rerun, llm = (json.loads(path.read_bytes()) if path.exists() else {} for path in (RERUN, LLM))
     if args.figure:
         figure(record)
         figure_of_alpha(record)
     else:
-        page = results_page(record, rerun)
+        page = results_page(record, rerun, llm)
         replace(FOLDER / "results.md", lambda path: path.write_text(page, encoding="utf-8"))

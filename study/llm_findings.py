@@ -1,20 +1,15 @@
 """
-What the runs of llm.py come to, as Markdown: a section of results.md, from llm.json alone.
-
-    python study/llm_findings.py    # prints it
+What the runs of llm.py come to, as Markdown: a section of results.md, which findings.py writes.
 
 It makes do with the runs that there are. Differences, intervals and tables are those of findings.py.
 """
 
 import itertools
-import json
-from pathlib import Path
 
 from findings import MEASURES, at_equal_diversity, at_temperature, compare, mean, nats
 from findings import rare_nats_at_equal_cost, runs_of, table
 from study import BANDS, RISING, TASKS
 
-RESULTS = Path(__file__).with_name("llm.json")
 SHIFTED = "plain, shift 0.25"
 METHODS = "plain", SHIFTED, "PDL 0.25", RISING, "PDL 0.5", "DFT"  # in the order of the tables
 TEMPERATURES = "0", "0.3", "0.5", "0.7", "1"
@@ -26,10 +21,10 @@ PAIRS = (  # a method, and what it is compared with
 
 HEAD = """## On a real language model
 
-`llm.py` finetunes SmolLM2-135M-Instruct in {dtype}, in batches of 8 x 256 tokens. The learning rate falls
-from 0.0001 to 0 along a cosine. Tokens are the model's own, and the counts are those of the training
-completions. Each run is judged by its last weights. *DFT* is Dynamic Fine-Tuning (arXiv 2508.05629): the
-weight of a target is the model's own probability of it.
+`llm.py` finetunes SmolLM2-135M-Instruct in batches of 8 x 256 tokens. All runs are of one device ({device}),
+with {dtype} products in training. The learning rate falls from 0.0001 to 0 along a cosine. Tokens are the
+model's own, and the counts are those of the training completions. Each run is judged by its last weights.
+*DFT* is Dynamic Fine-Tuning (arXiv 2508.05629): the weight of a target is the model's own probability of it.
 
 *Seeds* is the number of runs behind a number. A difference is paired by seed and comes with its 95% interval.
 It is above 0 if the first method is better or higher. The interval of two seeds is very wide, and one seed
@@ -114,7 +109,7 @@ def in_line(text):
 
 def section(results):
     """The section of results.md. results: the content of llm.json."""
-    page = HEAD.format(dtype=results["dtype"])
+    page = HEAD.format(device=results["device"], dtype=results["dtype"])
     for task, (title, _) in TASKS.items():
         methods = [method for method in METHODS if runs_of(results, task, method)]
         if methods:
@@ -123,7 +118,3 @@ def section(results):
             page += table_of_prediction(results, task, methods) + tables_of_writing(results, task, methods)
             page += examples(results, task, methods)
     return page
-
-
-if __name__ == "__main__":
-    print(section(json.loads(RESULTS.read_bytes())), end="")

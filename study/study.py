@@ -259,18 +259,19 @@ TAUS = -0.5, -0.25, 0, 0.125, 0.25, 0.375, 0.5, 0.75, 1, 1.25
 
 
 @torch.no_grad()
-def predict(model, corpus, bias):
-    """How well a model predicts up to 160 held-out rows, with bias (V,) added to its logits.
+def predict(model, corpus, bias, n_rows=160):
+    """How well a model predicts up to n_rows held-out rows, with bias (V,) added to its logits.
 
     "ce" is the mean cross-entropy of all, frequent, middle and rare targets, for each tau. There,
     tau * log(freq) is added to the logits as well. "top-1" takes the likeliest tokens as predictions of the
-    rare targets.
+    rare targets. The model is on the device of bias.
     """
-    W = len(corpus.held_out)
-    x, y = map(torch.from_numpy, corpus.held_out_batch(np.linspace(0, W - 1, min(W, 160)).astype(int)))
-    log_freq, bands = shift(corpus.freq, -1), torch.from_numpy(corpus.bands)  # (V,) each
+    W, device = len(corpus.held_out), bias.device
+    x, y = map(torch.from_numpy, corpus.held_out_batch(np.linspace(0, W - 1, min(W, n_rows)).astype(int)))
+    log_freq, bands = shift(corpus.freq, -1).to(device), torch.from_numpy(corpus.bands)  # (V,) each
     ce, likeliest = {tau: [] for tau in TAUS}, []
     for inputs, targets in zip(x.split(2), y.split(2)):  # two rows at a time, to save memory
+        inputs, targets = inputs.to(device), targets.to(device)  # (2, T) each
         t = targets[targets != -100]  # (n,)
         logits = model(inputs)[targets != -100] + bias  # (n, V)
         likeliest.append(logits.argmax(-1))
@@ -278,7 +279,7 @@ def predict(model, corpus, bias):
             ce[tau].append(F.cross_entropy(logits + tau * log_freq, t, reduction="none"))
     targets, of_tau = y[y != -100], {}
     for tau, parts in ce.items():
-        losses = torch.cat(parts).double()
+        losses = torch.cat(parts).cpu().double()
         of_band = [losses[bands[targets] == band].mean().item() for band in range(len(BANDS))]
         of_tau[tau] = [losses.mean().item(), *of_band]
     guesses, targets = ([[token] for token in tokens.tolist()] for tokens in (torch.cat(likeliest), targets))

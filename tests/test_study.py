@@ -95,12 +95,26 @@ def test_the_results_are_written_from_the_runs(root, tmp_path):
 
 def test_new_runs_have_a_section_of_their_own(record):
     rerun = {name: entry for name, entry in record.items() if "style" in name and "seed 5" not in name}
-    page, without = findings.results_page(record, rerun), findings.results_page(record, {})
+    page, without = findings.results_page(record, rerun, {}), findings.results_page(record, {}, {})
     head, section, rest = page.partition("## With today's code and defaults")
     new, claims, old = rest.partition("## The paper's claims")
     assert head + claims + old == without
     gain = findings.compare(rerun, "style", "PDL 0.25", findings.nats("rare"))
     assert gain.n == 4 and f"| PDL 0.25 | plain | nats of rare tokens | {gain:.2f} | +0.68 ± 0.02 |" in new
+
+
+def test_a_real_language_model_has_a_section_too(record):
+    texts = {"examples": {"0": ["a text", "another"]}}
+    llm = {name: entry | texts for name, entry in record.items() if "style, " in name}
+    llm |= {"style": record["style"] | {"steps": 9, "examples": [["in `quotes`"], ["an\nanswer"]]}}
+    llm |= {"device": "a GPU", "dtype": "bfloat16"}
+    page, without = findings.results_page(record, {}, llm), findings.results_page(record, {}, {})
+    head, section, rest = page.partition("## On a real language model")
+    new, claims, old = rest.partition("## The paper's claims")
+    assert head + claims + old == without
+    gain = findings.compare(llm, "style", "PDL 0.25", findings.nats("all"))
+    assert f"| PDL 0.25 | plain | {gain.n} | {gain:.3f} |" in new and "(a GPU), with bfloat16" in new
+    assert "1. `in 'quotes'`\n   - the author: `an answer`\n   - plain: `a text`\n" in new
 
 
 def test_the_readme_says_what_was_measured(root, record):
