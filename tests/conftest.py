@@ -13,10 +13,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import count
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is there: models this small are no faster on several cores
+torch.set_num_threads(1)  # models this small are no faster on several cores
 ROOT = Path(__file__).parent.parent
 SECONDS = 150  # until what hangs is ended
 
