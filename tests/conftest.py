@@ -6,17 +6,18 @@ import os
 import random
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import count
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is there: models this small are no faster on several cores
+torch.set_num_threads(1)  # models this small are no faster on several cores
 ROOT = Path(__file__).parent.parent
 SECONDS = 150  # until what hangs is ended
 
@@ -80,16 +81,12 @@ def start(environment):
     """start(script, *args, cwd=...) starts a process, which ends with the test at the latest."""
     processes, timers = [], []
 
-    def start(script, *args, cwd, env={}, before=lambda: None, python=(), **options):
-        def prepare():
-            # What runs in the background ignores Ctrl-C, and its children with it.
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            before()
-
+    def start(script, *args, cwd, env={}, python=(), **options):
         if sys.platform != "win32":
-            options["preexec_fn"] = prepare
+            # What runs in the background ignores Ctrl-C, and its children with it.
+            options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-        command = [sys.executable, *python, str(ROOT / script), *map(str, args)]
+        command = [sys.executable, *map(str, (*python, ROOT / script, *args))]
         env = os.environ | environment | env
         process = subprocess.Popen(command, cwd=cwd, env=env, encoding="utf-8", **pipes)
         processes.append(process)
@@ -109,33 +106,22 @@ def start(environment):
         process.communicate()
 
 
-def finished(process, stdout, stderr, ok):
-    assert process.returncode == 0 or not ok, stderr
-    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
-
-
 @pytest.fixture
-def run(start):
-    """run(script, *args, cwd=...): its returncode, stdout and stderr."""
-    def run(script, *args, cwd, ok=True, input=None, **options):
-        process = start(script, *args, cwd=cwd, stdin=subprocess.PIPE, **options)
-        return finished(process, *process.communicate(input), ok)
+def run(monkeypatch, environment):
+    """run(script, *args, cwd=...): its returncode, stdout and stderr.
 
-    return run
-
-
-@pytest.fixture
-def run_here(monkeypatch, environment):
-    """The same as run, in this process: in a fraction of the time, since torch is there already."""
-    def run_here(script, *args, cwd, ok=True):
-        streams = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2)]
+    It runs in this process: in a fraction of the time, since torch is there already.
+    """
+    def run(script, *args, cwd, ok=True, input=""):
+        streams = {name: io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for name in ("stdout", "stderr")}
+        streams["stdin"] = io.TextIOWrapper(io.BufferedReader(io.BytesIO(input.encode())))
         with monkeypatch.context() as patch:
             patch.chdir(cwd)
             for name, value in environment.items():
                 patch.setenv(name, value)
             patch.setattr(sys, "argv", [str(ROOT / script), *map(str, args)])
-            patch.setattr(sys, "stdout", streams[0])
-            patch.setattr(sys, "stderr", streams[1])
+            for name, stream in streams.items():
+                patch.setattr(sys, name, stream)
             try:
                 status = runpy.run_path(str(ROOT / script), run_name="__main__") and 0
             except SystemExit as end:
@@ -143,24 +129,31 @@ def run_here(monkeypatch, environment):
                 if isinstance(status, str):
                     print(status, file=sys.stderr)
                     status = 1
-        stdout, stderr = (stream.flush() or stream.buffer.getvalue().decode() for stream in streams)
-        assert status == 0 or not ok, stderr
-        return subprocess.CompletedProcess([script, *args], status, stdout, stderr)
+        for name in "stdout", "stderr":
+            streams[name].flush()
+            streams[name] = streams[name].buffer.getvalue().decode()
+        assert status == 0 or not ok, streams["stderr"]
+        return SimpleNamespace(returncode=status, stdout=streams["stdout"], stderr=streams["stderr"])
 
-    return run_here
+    return run
 
 
 @pytest.fixture
-def two_ranks(start):
-    """Start a script as torchrun does, as two processes that work together: a list of both."""
-    def two_ranks(script, *args, cwd):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        both = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-        return [start(script, *args, cwd=cwd, env=both | {"RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
+def train(run, small, text):
+    """train(*flags): a run of train.py on text.txt that takes a moment."""
+    def train(*flags, **options):
+        return run("train.py", *small, *flags, cwd=text, **options)
 
-    return two_ranks
+    return train
+
+
+@pytest.fixture
+def resume(run, text):
+    """resume(*flags): train.py --resume."""
+    def resume(*flags, ok=True):
+        return run("train.py", "--resume", *flags, cwd=text, ok=ok)
+
+    return resume
 
 
 @pytest.fixture(scope="session")
@@ -207,8 +200,9 @@ def losses(log):
 
 @pytest.fixture(scope="session")
 def report():
-    """A run's report.json."""
+    """A run's report.json, which has no NaN."""
     def report(folder):
-        return json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        content = (folder / "report.json").read_text(encoding="utf-8")
+        return json.loads(content, parse_constant=pytest.fail)
 
     return report

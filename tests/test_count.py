@@ -63,15 +63,12 @@ def test_ids_are_those_of_transformers(golden, name):
     assert encode(expected["text"], load_tokenizer(golden / name)).tolist() == expected["ids"]
 
 
-@pytest.mark.parametrize("first", [0, 1])
-def test_merges_may_be_strings_and_an_end_of_text_the_first_token(content, golden, tmp_path, first):
-    model, expected = content["model"], json.loads((golden / "plain/ids.json").read_bytes())
-    model["merges"] = [" ".join(merge) for merge in model["merges"]]
-    model["vocab"] = {token: (i + first) % len(model["vocab"]) for token, i in model["vocab"].items()}
-    content["added_tokens"][0]["id"] = model["vocab"][EOT]
+def test_merges_may_be_strings(content, golden, tmp_path):
+    """As in the tokenizer.json of the released gpt2."""
+    content["model"]["merges"] = [" ".join(merge) for merge in content["model"]["merges"]]
     (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
-    ids = encode(expected["text"], load_tokenizer(tmp_path)).tolist()
-    assert ids == [(i + first) % len(model["vocab"]) for i in expected["ids"]]
+    expected = json.loads((golden / "plain/ids.json").read_bytes())
+    assert encode(expected["text"], load_tokenizer(tmp_path)).tolist() == expected["ids"]
 
 
 CHANGES = {
@@ -129,12 +126,7 @@ def test_read_in_pieces_it_has_the_tokens_of_the_whole(golden, tmp_path, monkeyp
     for path, text in zip(paths, texts):
         path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
     monkeypatch.setattr(count, "PIECE", piece)
-    counts = count_tokens(paths, tokenizer)
-    assert counts.dtype == np.int64 and (counts == counts_of(tokenizer, EOT.join(texts))).all()
-    pieces = [texts[0][i : i + piece] for i in range(0, len(texts[0]), piece)]
-    pieces = list(count.encode_stream(pieces, tokenizer))
-    assert np.concatenate(pieces).tolist() == tokens_of(tokenizer, texts[0])
-    assert len(pieces) > 20 or piece < 50 or "ze bra" in added  # it was cut
+    assert (count_tokens(paths, tokenizer) == counts_of(tokenizer, EOT.join(texts))).all()
 
 
 @pytest.mark.parametrize("alphabet", [
@@ -151,9 +143,9 @@ def test_text_without_a_place_to_cut(tokenizer, tmp_path, monkeypatch, alphabet)
 
 
 @pytest.mark.parametrize("character", " \t\n")
-def test_megabytes_of_white_space_end_in_one_line(run_here, one_line, tiny, tmp_path, character):
+def test_megabytes_of_white_space_end_in_one_line(run, one_line, tiny, tmp_path, character):
     (tmp_path / "a.txt").write_bytes(("word" + character * 2_000_000 + "word").encode())
-    one_line(run_here("count.py", "a.txt", "--tokenizer", tiny, cwd=tmp_path, ok=False), "white space")
+    one_line(run("count.py", "a.txt", "--tokenizer", tiny, cwd=tmp_path, ok=False), "white space")
 
 
 COMPLETIONS = [" yes", " nada\r\n", f" a{EOT}b"]
@@ -172,23 +164,21 @@ def test_pairs_are_known_by_name_or_content(tokenizer, tmp_path, monkeypatch, na
     assert (counts == counts_of(tokenizer, *(completion + EOT for completion in COMPLETIONS))).all()
 
 
-@pytest.mark.parametrize("text", ["a\r\nb\r\n", "\ufeffone", f"one{EOT}{EOT} two", "{a}", '"a": 1'])
-def test_text_is_counted_as_it_is(tokenizer, tmp_path, text):
-    """The line ends of Windows stay, a byte order mark goes, and a written end of text is that token."""
-    (tmp_path / "a.txt").write_bytes(text.encode())
-    counts = count_tokens([tmp_path / "a.txt"], tokenizer)
-    assert (counts == counts_of(tokenizer, text.lstrip("\ufeff"))).all()
-
-
+@pytest.mark.parametrize("contents, text", [
+    (["a\r\nb\r\n"], "a\r\nb\r\n"), (["\ufeffone"], "one"), (["{a}"], "{a}"), (['"a": 1'], '"a": 1'),
+    ([f"one{EOT}{EOT} two"], f"one{EOT}{EOT} two"), (["one", " two"], f"one{EOT} two"),
+    ([f"one{EOT}", " two"], f"one{EOT} two"),
+    (["one", '{"text": " two"}\n{"text": " three"}', " four"], f"one{EOT} two{EOT} three{EOT} four"),
+])
 @pytest.mark.parametrize("piece", [5, 1 << 18])
-def test_one_end_of_text_between_files_and_after_each_document(tmp_path, monkeypatch, piece):
+def test_text_is_read_as_it_is_with_an_end_of_text_between_files(tmp_path, monkeypatch, contents, text, piece):
+    """The line ends of Windows stay, a byte order mark goes, and each document has an end of text."""
     monkeypatch.setattr(count, "PIECE", piece)
-    documents = json_lines({"text": " three"}, {"text": " four"})
-    for name, content in ("a", b"one"), ("b", f" two{EOT}".encode()), ("c", documents):
-        (tmp_path / name).write_bytes(content)
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(b" five"))))
-    is_pairs, items = count.read([tmp_path / "a", tmp_path / "b", tmp_path / "c", "-"])
-    assert not is_pairs and "".join(items) == f"one{EOT} two{EOT} three{EOT} four{EOT} five"
+    paths = [tmp_path / str(i) for i in range(len(contents))]
+    for path, content in zip(paths, contents):
+        path.write_bytes(content.encode())
+    is_pairs, items = count.read(paths)
+    assert not is_pairs and "".join(items) == text
 
 
 @pytest.mark.parametrize("name, content", {
@@ -201,11 +191,11 @@ def test_one_end_of_text_between_files_and_after_each_document(tmp_path, monkeyp
     "a.json": b'{"text": "a"}', "a.csv": b"a,b", "a.tsv": b"a", "a.json.gz": b"{}", "a.parquet": b"PAR1",
     "missing": None, ".": None,
 }.items(), ids=lambda value: value if isinstance(value, str) else "")
-def test_a_bad_file_is_named_and_nothing_written(run_here, one_line, tiny, tmp_path, name, content):
+def test_a_bad_file_is_named_and_nothing_written(run, one_line, tiny, tmp_path, name, content):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     before = [*tmp_path.iterdir()]
-    one_line(run_here("count.py", name, "--tokenizer", tiny, cwd=tmp_path, ok=False), f" {name}")
+    one_line(run("count.py", name, "--tokenizer", tiny, cwd=tmp_path, ok=False), f" {name}")
     assert [*tmp_path.iterdir()] == before
 
 
@@ -214,24 +204,18 @@ def test_a_bad_file_is_named_and_nothing_written(run_here, one_line, tiny, tmp_p
     '{"text": null}', '{"instruction": "a", "output": "b"}', '{"messages": [{"role": "user"}]}',
     '{"prompt": "a", "completion": "\\ud800"}', '{"text": "\\udc00"}', "[" * 100_000,
 ])
-@pytest.mark.parametrize("number", [1, 101])
-def test_a_malformed_line_is_named_with_the_format_it_must_have(pairs, tokenizer, line, number):
-    path = pairs / "pairs.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines()
-    path.write_text("\n".join([*lines[: number - 1], line, *lines[number - 1 :]]), encoding="utf-8")
-    with pytest.raises(ValueError) as refusal:
-        count_tokens([path], tokenizer)
-    message = str(refusal.value)
-    assert f"pairs.jsonl line {number} " in message and "\n" not in message and len(message) < 500
-    assert '{"prompt": ' in message and '{"text": ' in message
+def test_a_malformed_line_is_named_by_its_number(tmp_path, tokenizer, line):
+    for before in b"", 99 * PAIRS:
+        (tmp_path / "a.jsonl").write_bytes(before + line.encode() + b"\n" + PAIRS)
+        with pytest.raises(ValueError, match=rf"a.jsonl line {before.count(10) + 1} .{{,500}}\Z"):
+            count_tokens([tmp_path / "a.jsonl"], tokenizer)
 
 
 @pytest.mark.parametrize("names", [["text.txt", "pairs.jsonl"], ["pairs.jsonl", "text.txt"], ["mixed.jsonl"]])
 def test_text_and_pairs_do_not_mix(text, pairs, tokenizer, names):
     (text / "mixed.jsonl").write_bytes(PAIRS + b'{"text": "a"}\n')
-    for read in count_tokens, lambda *args: load_corpus(*args, 32):
-        with pytest.raises(ValueError, match=names[-1]):
-            read([text / name for name in names], tokenizer)
+    with pytest.raises(ValueError, match=names[-1]):
+        count_tokens([text / name for name in names], tokenizer)
 
 
 # --- what to train on, and what is held out ---
@@ -278,37 +262,24 @@ def test_too_little_to_hold_out_a_tenth_is_refused(text, tokenizer):
         load_corpus(write_pairs(text / "nine", [(f"Say {i}:", f" {i}") for i in range(9)]), tokenizer, 32)
 
 
-def test_without_a_file_it_is_the_reference_inside_every_python(tokenizer):
-    corpus = load_corpus(None, tokenizer, 32)
-    assert "Python" in corpus.description and len(corpus.tokens) > 50_000
-
-
-def test_pairs_carry_loss_on_completions_only(pairs, tokenizer):
-    corpus = load_corpus([pairs / "pairs.jsonl"], tokenizer, 64)
-    lines = map(json.loads, (pairs / "pairs.jsonl").read_text(encoding="utf-8").splitlines())
-    rows = [(line["prompt"], line["completion"] + EOT) for line in lines]
-    training, held_out = [row for i, row in enumerate(rows) if i % 10 != 9], rows[9::10]
-    x, y = every_sequence(corpus)
-    assert x.shape == y.shape == (90, 64)
-    for inputs, targets, row in zip(x.tolist(), y.tolist(), training):
-        prompt, completion = (tokens_of(tokenizer, text) for text in row)
-        assert inputs[: len(prompt)] == prompt  # each sequence starts with a pair
-        assert targets[: len(prompt) - 1] == [-100] * (len(prompt) - 1)
-        assert targets[len(prompt) - 1 :][: len(completion)] == completion
-    assert (corpus.freq == counts_of(tokenizer, *(completion for _, completion in training))).all()
-    # Each held-out completion once, in order.
-    assert tokenizer.decode(held_out_targets(corpus)) == "".join(completion for _, completion in held_out)
-    assert [*map(tokenizer.decode, corpus.example)] == [text.removesuffix(EOT) for text in held_out[0]]
-    all_counts = corpus.freq + np.bincount(held_out_targets(corpus), minlength=4096)
-    assert (count_tokens([pairs / "pairs.jsonl"], tokenizer) == all_counts).all()
-
-
-def test_held_out_pairs_are_never_trained_on(characters, tmp_path):
-    texts = np.arange(600).reshape(200, 3)  # the characters of each pair are in no other
-    rows = [(chr(0x4E00 + a), chr(0x4E00 + b) + chr(0x4E00 + c)) for a, b, c in texts]
+def test_pairs_carry_loss_on_completions_only(characters, tmp_path):
+    """Every tenth is held out. The characters of each pair are in no other."""
+    texts = ["".join(chr(0x4E00 + 5 * i + j) for j in range(5)) for i in range(200)]
+    rows = [(text[:2], text[2:]) for text in texts]
     corpus = load_corpus(write_pairs(tmp_path / "a.jsonl", rows), characters, 16)
-    assert sorted(held_out_targets(corpus)) == [*(256 + texts[9::10, 1:]).flatten(), *[20256] * 20]
-    assert not np.isin(every_sequence(corpus), 256 + texts[9::10]).any()
+    tokens = np.column_stack((256 + np.arange(1000).reshape(200, 5), [20256] * 200))  # ends with end of text
+    targets = np.where(np.arange(6) < 2, -100, tokens)
+    held_out = np.arange(200) % 10 == 9
+    stream = np.append(tokens[~held_out], [0] * 16)
+    loss = np.append(targets[~held_out], [-100] * 16)
+    for i, (x, y) in enumerate(zip(*every_sequence(corpus), strict=True)):
+        # It starts with a pair and goes on into the next ones.
+        assert x.tolist() == stream[6 * i :][:16].tolist() and y.tolist() == loss[6 * i + 1 :][:16].tolist()
+    assert i == 179 and held_out_targets(corpus).tolist() == tokens[held_out, 2:].flatten().tolist()
+    assert [*map(characters.decode, corpus.example)] == [*rows[9]]
+    assert (corpus.freq == np.bincount(tokens[~held_out, 2:].flatten(), minlength=20257)).all()
+    counts = count_tokens([tmp_path / "a.jsonl"], characters)
+    assert (counts == np.bincount(tokens[:, 2:].flatten(), minlength=20257)).all()
 
 
 @pytest.mark.parametrize("n", [1, 9, 43])
@@ -332,17 +303,6 @@ def test_a_long_pair_loses_its_start_and_then_its_end(tmp_path, tokenizer, promp
     assert "--block_size 16" in corpus.description
 
 
-def test_the_digest_is_of_what_is_trained_and_evaluated_on(tmp_path, tokenizer):
-    rows = [(f"Say {i}:", " a b") for i in range(20)]
-    data = [rows]
-    for i in 0, 19:  # another token, or another border between prompt and completion, in training or held out
-        data += [rows[:i] + [pair] + rows[i + 1 :] for pair in ((f"Say {i}:", " a c"), (f"Say {i}: a", " b"))]
-    paths = [write_pairs(tmp_path / f"{i}.jsonl", rows) for i, rows in enumerate(data)]
-    (tmp_path / "zipped").write_bytes(gzip.compress((tmp_path / "0.jsonl").read_bytes()))
-    zipped, *digests = (load_corpus(p, tokenizer, 32).digest() for p in ([tmp_path / "zipped"], *paths))
-    assert zipped == digests[0] and len(set(digests)) == len(digests)
-
-
 # --- counts, and the command line ---
 
 
@@ -354,22 +314,17 @@ def test_counts_are_scaled_and_added(tmp_path):
     assert load_counts([f"{a}:0.5", b, f"{b}:1e1"], 2).tolist() == [32_877.5, 110.5]
 
 
-class Evil:
-    __reduce__ = lambda self: (print, ("a pickle was loaded",))
-
-
 @pytest.mark.parametrize("counts, scale", [
     *((np.array(counts), "") for counts in ([1] * 5, [[1, 1]] * 2, 4, [1, 1, 1, np.nan], [1, 1, 1, np.inf])),
-    *((np.array(counts), "") for counts in ([1, -1, 1, 1], [0] * 4, ["a"] * 4, [1j] * 4, [Evil()] * 4)),
+    *((np.array(counts), "") for counts in ([1, -1, 1, 1], [0] * 4, ["a"] * 4, [1j] * 4)),
     *((damaged, "") for damaged in (b"", b"text", b"PK\x03\x04")),
     *((np.arange(4), scale) for scale in (":-1", ":0", ":1e400", ":nan", ":1.2.3", ":x")),
 ])
-def test_a_file_or_scale_that_makes_no_counts_is_refused_by_name(tmp_path, capsys, recwarn, counts, scale):
+def test_a_file_or_scale_that_makes_no_counts_is_refused_by_name(tmp_path, recwarn, counts, scale):
     path = tmp_path / "a.npy"
-    path.write_bytes(counts) if isinstance(counts, bytes) else np.save(path, counts, allow_pickle=True)
+    path.write_bytes(counts) if isinstance(counts, bytes) else np.save(path, counts)
     with pytest.raises((ValueError, OSError), match="a.npy"):
         load_counts([f"{path}{scale}"], 4)
-    assert not capsys.readouterr().out
     assert not any(warning.category is RuntimeWarning for warning in recwarn)  # it would be another line
 
 
@@ -384,15 +339,3 @@ def test_from_the_command_line(run, tokenizer, tiny, tmp_path):
     run("count.py", "a.txt", "-", "--tokenizer", tiny, "-o", "c.npy", cwd=tmp_path, input="two three")
     assert (np.load(tmp_path / "c.npy") == counts_of(tokenizer, f"one two\r\n{EOT}two three")).all()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "c.npy"]
-
-
-@pytest.mark.usefixtures("posix")
-def test_only_npy_files_are_replaced_and_only_by_whole_ones(run, run_here, one_line, text, tiny):
-    import resource
-
-    (text / "counts.npy").write_bytes(b"old")
-    before = {path: path.read_bytes() for path in text.iterdir()}
-    args, limits = ("count.py", "text.txt", "--tokenizer", tiny), (resource.RLIMIT_FSIZE, (1000, 1000))
-    one_line(run_here(*args, "-o", "text.txt", cwd=text, ok=False), "text.txt", status=2)
-    one_line(run(*args, cwd=text, ok=False, before=lambda: resource.setrlimit(*limits)), "counts.npy")
-    assert {path: path.read_bytes() for path in text.iterdir()} == before

@@ -3,32 +3,33 @@
 Nothing is lost, and one line says what to do.
 """
 
+import contextlib
 import json
-import pickle
 import os
-import random
+import pickle
 import shutil
 import signal
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import count
 from model import GPT
 
 
-def limit(name, size):
-    """What a process does before it starts: take a limit of its resources."""
-    def take():
-        if sys.platform != "win32":
-            import resource
+@contextlib.contextmanager
+def limited(name, size):
+    """In a with block: this process has a limit of its resources."""
+    import resource
 
-            resource.setrlimit(getattr(resource, name), (size, size))
-
-    return take
+    kind = getattr(resource, name)
+    before = resource.getrlimit(kind)
+    resource.setrlimit(kind, (size, before[1]))
+    yield
+    resource.setrlimit(kind, before)
 
 
 def files(folder):
@@ -38,35 +39,17 @@ def files(folder):
 
 
 @pytest.fixture
-def train(run_here, small, text):
-    """train(*flags, ok=True): a run on text.txt that takes a moment."""
-    def train(*flags, ok=True):
-        return run_here("train.py", *small, *flags, cwd=text, ok=ok)
-
-    return train
-
-
-@pytest.fixture
-def resume(run_here, text):
-    """resume(*flags, ok=True): train.py --resume."""
-    def resume(*flags, ok=True):
-        return run_here("train.py", "--resume", *flags, cwd=text, ok=ok)
-
-    return resume
-
-
-@pytest.fixture
 def killed_at(monkeypatch):
-    """killed_at(name, n): end the process when it is about to rename the n-th file of this name."""
-    def killed_at(name, n):
-        replace, names = os.replace, []
+    """killed_at(path, n): end the process when it is about to write a file of such a path for the n-th time."""
+    def killed_at(path, n):
+        replace, times = os.replace, []
 
-        def end_there(part, path):
-            names.append(Path(path).name)
-            if names.count(name) == n:
+        def end_there(part, to):
+            times.extend([to] * Path(to).match(path))
+            if len(times) == n:
                 monkeypatch.setattr(os, "replace", replace)
                 raise SystemExit(137)
-            replace(part, path)
+            replace(part, to)
 
         monkeypatch.setattr(os, "replace", end_there)
 
@@ -76,8 +59,8 @@ def killed_at(monkeypatch):
 # --- killed, and resumed ---
 
 
-def test_killed_and_resumed_as_if_never_stopped(start, until, train, resume, small, text, losses, log,
-                                                report):
+def test_killed_and_resumed_as_if_never_stopped(start, until, train, resume, small, text, losses, report):
+    """Also in another folder, with dropout and a rising alpha."""
     flags = "--max_iters", 6, "--batch_size", 4, "--eval_interval", 2, "--dropout", 0.1, "--rising"
     train(*flags, "--out_dir", "whole")
     process = start("train.py", *small, *flags, "--out_dir", "cut", cwd=text)
@@ -86,46 +69,48 @@ def test_killed_and_resumed_as_if_never_stopped(start, until, train, resume, sma
     process.communicate()
     with open(text / "cut/log.jsonl", "a", encoding="utf-8") as file:
         file.write('{"iter": 6, "lo')  # half a line
-    elsewhere = text / "elsewhere"
-    elsewhere.mkdir()
-    (text / "cut").rename(elsewhere / "moved")
-    resume("--out_dir", elsewhere / "moved")
-    assert losses(elsewhere / "moved") == pytest.approx(losses(text / "whole"), rel=1e-5)
-    assert len(log(elsewhere / "moved")) == len(log(text / "whole"))
-    resumed, whole = (report(folder)["after"] for folder in (elsewhere / "moved", text / "whole"))
+    moved = text / "elsewhere/moved"
+    shutil.move(text / "cut", moved)
+    assert "resuming at step 4" in resume("--out_dir", moved).stdout
+    assert losses(moved) == pytest.approx(losses(text / "whole"), rel=1e-5)
+    resumed, whole = (report(folder)["after"] for folder in (moved, text / "whole"))
     assert resumed["val_pdl"] == pytest.approx(whole["val_pdl"], rel=1e-6)
     assert resumed["iter"] == whole["iter"]
 
 
-def test_killed_at_any_moment_the_folder_loads_and_resumes(start, until, resume, small, text):
-    for seed in range(2):
+MOMENTS = [("counts.npy", 1), ("resume.pt", 1), ("model.safetensors", 1), ("model.safetensors", 2),
+           ("resume.pt", 3), ("report.json", 1)]
+
+
+def test_killed_at_any_moment_the_folder_resumes(train, resume, text, log, report, killed_at):
+    """Before the first save, between the state and the weights, and after the last step."""
+    flags = "--max_iters", 2, "--eval_interval", 1
+    train(*flags, "--out_dir", "whole")
+    for moment in MOMENTS:
         shutil.rmtree(text / "out", ignore_errors=True)
-        process = start("train.py", *small, "--max_iters", 1000, "--eval_interval", 1, cwd=text)
-        until(process, "step 1: loss")
-        time.sleep(random.Random(seed).uniform(0, 0.8))  # most of the time is spent saving
-        process.kill()
-        process.communicate()
-        GPT.from_pretrained(text / "out")
-        saved = torch.load(text / "out/resume.pt", weights_only=True)["step"]
-        assert f"resuming at step {saved}" in resume("--max_iters", saved + 1).stdout
+        killed_at(*moment)
+        assert train(*flags, ok=False).returncode == 137
+        resume()
+        for entry, expected in zip(log(text / "out"), log(text / "whole"), strict=True):
+            assert entry | {"tok_per_s": 0} == expected | {"tok_per_s": 0}, moment
+        assert report(text / "out")["after"] == report(text / "whole")["after"]
+        weights, expected = (GPT.from_pretrained(text / name).state_dict() for name in ("out", "whole"))
+        assert all(torch.equal(weights[name], w) for name, w in expected.items()), moment
 
 
-@pytest.mark.parametrize("name, n", [("counts.npy", 1), ("resume.pt", 1), ("model.safetensors", 1)])
-def test_killed_before_the_first_save_it_starts_over(train, resume, text, losses, killed_at, name, n):
-    killed_at(name, n)
-    assert train("--max_iters", 2, ok=False).returncode == 137
-    resume()
-    assert list(losses(text / "out")) == [1, 2] and (text / "out/report.json").exists()
-
-
-def test_killed_between_its_state_and_its_weights_it_has_both(train, resume, text, killed_at):
-    killed_at("model.safetensors", 2)
-    assert train("--max_iters", 4, "--eval_interval", 2, ok=False).returncode == 137
-    state = torch.load(text / "out/resume.pt", weights_only=True)
-    assert state["best"]["iter"] == state["step"] == 2
-    resume("--max_iters", 2)
-    weights = GPT.from_pretrained(text / "out").state_dict()
-    assert all(torch.equal(weights[name], w) for name, w in state["model"].items())
+@pytest.mark.parametrize("moment", ["alpha-0.5/report.json", "alpha-0/resume.pt", "alpha-0/report.json"])
+def test_a_series_goes_on_where_it_was_stopped(train, resume, text, killed_at, moment):
+    """Killed at the end of its first run, early in its second one, and at the end of that."""
+    flags = "--max_iters", 1, "--alpha", 0.5, 0
+    whole = train(*flags, "--out_dir", "whole").stdout
+    killed_at(moment, 1)
+    train(*flags, ok=False)
+    first = text / "out/alpha-0.5"
+    finished, before = (first / "report.json").exists(), files(first)
+    out = resume().stdout
+    assert (files(first) == before) == finished  # what is finished is not trained again
+    table = whole[whole.rindex("alpha   ") : whole.index("now:")]
+    assert table.count("\n") == 5 and table in out
 
 
 @pytest.mark.usefixtures("posix")
@@ -159,59 +144,60 @@ CHANGED = {"--alpha": 1, "--learning_rate": 1e-4, "--weight_decay": 0, "--seed":
 
 
 def test_resume_refuses_another_run(train, resume, one_line, text):
-    train("--max_iters", 2)
+    np.save(text / "counts.npy", np.arange(1, 4097))
+    train("--max_iters", 2, "--counts", "counts.npy")
     before = files(text / "out")
     for flag, value in CHANGED.items():
         one_line(resume(flag, value, "--max_iters", 3, ok=False), flag, status=2)
-    one_line(resume("--max_iters", 1, ok=False), "step 2")
+    one_line(resume("--max_iters", 1, ok=False), "--max_iters 1")
+    one_line(resume("--out_dir", "none", ok=False), "none", status=2)
+    np.save(text / "counts.npy", np.arange(2, 4098))
+    one_line(resume("--max_iters", 3, ok=False), "counts")
     with open(text / "text.txt", "a", encoding="utf-8") as file:
         file.write("more. ")
     one_line(resume("--max_iters", 3, ok=False), "data")
-    one_line(resume("--out_dir", "none", ok=False), "none", status=2)
     assert files(text / "out") == before
-
-
-def test_resume_refuses_counts_that_changed(train, resume, one_line, text):
-    np.save(text / "counts.npy", np.arange(1, 4097))
-    train("--max_iters", 2, "--counts", "counts.npy")
-    np.save(text / "counts.npy", np.arange(2, 4098))
-    one_line(resume("--max_iters", 3, ok=False), "counts")
 
 
 # --- nothing of the user's is touched ---
 
 
 def test_a_folder_that_is_not_empty_is_refused(train, one_line, text):
-    train("--max_iters", 1)
     train("--max_iters", 1, "--alpha", 0, 1, "--out_dir", "series")
-    (text / "out/resume.pt").unlink()  # people do, as it is the largest file
+    (text / "series/alpha-0/resume.pt").unlink()  # people do, as it is the largest file
     (text / "mine").mkdir()
     (text / "mine/log.jsonl").write_bytes((text / "text.txt").read_bytes())
-    for flags in [], ["--out_dir", "series"], ["--out_dir", "mine", "--data", "mine/log.jsonl"]:
-        folder = text / (flags[1] if flags else "out")
-        before = files(folder)
-        one_line(train("--max_iters", 1, *flags, ok=False), str(folder.name))
-        assert files(folder) == before
+    for folder, flags in ("series", []), ("series/alpha-0", []), ("mine", ["--data", "mine/log.jsonl"]):
+        before = files(text / folder)
+        one_line(train("--max_iters", 1, "--out_dir", folder, *flags, ok=False), Path(folder).name)
+        assert files(text / folder) == before
 
 
-def test_of_two_runs_at_once_in_one_folder_one_is_refused(two_ranks, start, small, text):
-    both = [start("train.py", *small, "--max_iters", 2, cwd=text) for _ in range(2)]
-    ends = [(process.communicate(), process.returncode) for process in both]
-    assert sorted(status for _, status in ends) == [0, 1]
-    (refused,) = (stderr for (_, stderr), status in ends if status == 1)
-    assert refused.count("\n") == 1 and "--out_dir" in refused
-    assert (text / "out/report.json").exists()
+def test_of_two_runs_at_once_in_one_folder_one_is_refused(train, one_line, text, losses, monkeypatch):
+    load = count.load_corpus
+
+    def meanwhile(*args):
+        monkeypatch.undo()
+        train("--max_iters", 1)
+        return load(*args)
+
+    monkeypatch.setattr(count, "load_corpus", meanwhile)
+    one_line(train("--max_iters", 2, ok=False), "--out_dir")
+    assert list(losses(text / "out")) == [1]
 
 
 @pytest.mark.usefixtures("posix")
-def test_a_full_disk_leaves_the_checkpoint_whole(run, train, one_line, text):
+def test_a_full_disk_leaves_what_was_there(run, train, resume, one_line, text, tiny):
     train("--max_iters", 2, "--eval_interval", 1)
-    names = "model.safetensors", "config.json", "resume.pt", "vocab.json", "merges.txt"
+    (text / "counts.npy").write_bytes(b"old")
+    names = "model.safetensors", "config.json", "resume.pt", "vocab.json", "merges.txt", "../counts.npy"
     before = [(text / "out" / name).read_bytes() for name in names]
-    full = limit("RLIMIT_FSIZE", 2_000_000)
-    one_line(run("train.py", "--resume", "--max_iters", 4, cwd=text, ok=False, before=full), "out")
+    with limited("RLIMIT_FSIZE", 10_000):
+        one_line(run("count.py", "text.txt", "--tokenizer", tiny, cwd=text, ok=False), "counts.npy")
+    with limited("RLIMIT_FSIZE", 2_000_000):
+        one_line(resume("--max_iters", 4, ok=False), "out")
     assert before == [(text / "out" / name).read_bytes() for name in names]
-    assert not list((text / "out").glob("*.part"))
+    assert not list(text.rglob("*.part"))
 
 
 def test_a_loss_that_became_nan_ends_the_run_with_good_weights(train, one_line, text):
@@ -222,10 +208,10 @@ def test_a_loss_that_became_nan_ends_the_run_with_good_weights(train, one_line, 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process cannot be kept from memory")
-def test_out_of_memory_names_the_flags(run, one_line, small, text):
-    little = limit("RLIMIT_AS", 8 << 30)
-    result = run("train.py", *small, "--batch_size", 400_000, cwd=text, ok=False, before=little)
-    one_line(result, "--batch_size")
+def test_out_of_memory_names_the_flags(train, one_line):
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    with limited("RLIMIT_AS", pages * os.sysconf("SC_PAGE_SIZE") + 2**30):
+        one_line(train("--batch_size", 40_000, ok=False), "--batch_size")
 
 
 # --- other people's files ---
@@ -236,7 +222,7 @@ class Malice:
         return Path.touch, (Path("pwned"),)
 
 
-def test_a_strangers_files_run_no_code(run_here, train, resume, one_line, text, tiny):
+def test_a_strangers_files_run_no_code(run, train, resume, one_line, text, tiny):
     (text / "evil").mkdir()
     for name in "config.json", "vocab.json", "merges.txt":
         shutil.copy(tiny / name, text / "evil" / name)
@@ -245,79 +231,59 @@ def test_a_strangers_files_run_no_code(run_here, train, resume, one_line, text, 
         torch.save({"x": Malice()}, path)
     (text / "evil.npy").write_bytes(pickle.dumps(Malice()))
     np.save(text / "object.npy", np.array([Malice()]), allow_pickle=True)
-    one_line(run_here("sample.py", "--init_from", "evil", cwd=text, ok=False), "pytorch_model.bin")
+    one_line(run("sample.py", "--init_from", "evil", cwd=text, ok=False), "pytorch_model.bin")
     one_line(resume("--out_dir", "run", "--max_iters", 2, ok=False), "resume.pt")
     for name in "evil.npy", "object.npy":
         one_line(train("--counts", name, ok=False), name)
     assert not (text / "pwned").exists()
 
 
-def no_config(folder):
-    (folder / "config.json").unlink()
-
-
-def another_model(folder):
-    (folder / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
-
-
-def half_the_weights(folder):
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:100_000])
-
-
-def no_vocabulary(folder):
-    (folder / "vocab.json").unlink()
-
-
-def a_vocabulary_too_large(folder):
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 4000}), encoding="utf-8")
-
-
-def a_run_as_it_begins(folder):
-    for path in folder.iterdir():
-        path.unlink()
-    (folder / "args.json").write_text("{", encoding="utf-8")
-
-
-BREAKS = [no_config, another_model, half_the_weights, no_vocabulary, a_vocabulary_too_large,
-          a_run_as_it_begins]
-
-
-@pytest.mark.parametrize("break_it", BREAKS, ids=lambda break_it: break_it.__name__)
-def test_a_broken_checkpoint_folder_is_named(run_here, train, one_line, text, tiny, break_it):
+@pytest.mark.parametrize("name, content", [("vocab.json", None), ("config.json", {"vocab_size": 4000})])
+def test_a_checkpoint_whose_tokenizer_does_not_fit_is_named(train, one_line, text, tiny, name, content):
     shutil.copytree(tiny, text / "broken")
-    break_it(text / "broken")
-    one_line(run_here("sample.py", "--init_from", "broken", cwd=text, ok=False), "broken")
+    path = text / "broken" / name
+    if content is None:
+        path.unlink()
+    else:
+        path.write_text(json.dumps(json.loads(path.read_bytes()) | content), encoding="utf-8")
     one_line(train("--init_from", "broken", ok=False), "broken")
     assert not (text / "out").exists()
 
 
-MISTAKES = [  # flags, what the line names, status
-    (["--alpha", "-1"], "--alpha", 2), (["--alpha", "nan"], "--alpha", 2),
-    (["--alpha", "1", "1"], "--alpha", 2),
-    (["--eps", "-1"], "--eps", 2), (["--batch_size", "0"], "--batch_size", 2),
-    (["--alhpa", "1"], "--alhpa", 2),
-    (["--block_size", "4"], "--block_size", 2), (["--seed", "-1"], "--seed", 2),
-    (["--dropout", "1"], "--dropout", 2),
-    (["--learning_rate", "inf"], "--learning_rate", 2), (["--out_dir", ""], "--out_dir", 2),
-    (["--device", "tpu"], "--device tpu", 1), (["--data", "missing.txt"], "missing.txt", 1),
-    (["--data", "."], "", 1), (["--block_size", "4000"], "--block_size", 1),
-    (["--init_from", "gpt5"], "gpt5", 1),
-    (["--init_from", "gpt2"], "gpt2", 1), (["--init_from", "./gpt2"], "gpt2", 1),
-    (["--init_from", "a/b"], "a/b", 1),
-    (["--counts", "text.txt"], "text.txt", 1), (["--counts", "short.npy"], "short.npy", 1),
-    (["--counts", "negative.npy"], "negative.npy", 1), (["--out_dir", "text.txt"], "text.txt", 1),
-    (["--eps", "0", "--counts", "half.npy"], "eps", 1), (["--alpha", "30"], "alpha", 1),
-    (["--alpha", "0", "0.5", "--counts", "probabilities.npy"], "counts", 1),
+PROBABILITIES = ["--counts", "probabilities.npy"]
+MISTAKES = [  # script, flags, what the line names, status
+    *(("train.py", flags, flags[0], 2) for flags in [
+        ["--alpha", "-1"], ["--alpha", "nan"], ["--alpha", "1", "1"], ["--eps", "-1"], ["--batch_size", "0"],
+        ["--alhpa", "1"], ["--block_size", "4"], ["--seed", "-1"], ["--dropout", "1"],
+        ["--learning_rate", "inf"], ["--out_dir", ""]]),
+    *(("train.py", flags, flags[-1], 1) for flags in [
+        ["--device", "tpu"], ["--data", "missing.txt"], ["--init_from", "gpt5"], ["--init_from", "gpt2"],
+        ["--init_from", "./gpt2"], ["--init_from", "a/b"], ["--counts", "text.txt"], ["--counts", "short.npy"],
+        ["--counts", "negative.npy"], ["--out_dir", "text.txt"]]),
+    ("train.py", ["--data", "."], "", 1), ("train.py", ["--block_size", "4000"], "--block_size", 1),
+    ("train.py", ["--eps", "0", "--counts", "half.npy"], "eps", 1), ("train.py", ["--alpha", "30"], "alpha", 1),
+    ("train.py", ["--alpha", "0", "0.5", *PROBABILITIES], "counts", 1),
+    *(("sample.py", flags, flags[-2], 2) for flags in [
+        ["--temperature", "nan"], ["--temperature", "-1"], ["--seed", "-1"], ["--top_p", "0"], ["--top_k", "0"],
+        ["--counts", "a.npy", "--shift", "inf"], ["--shift", "1"]]),
+    ("sample.py", ["--counts", "a.npy"], "--shift", 2),
+    *(("sample.py", flags, flags[1], 1) for flags in [
+        ["--init_from", "none"], ["--init_from", "gpt2"], ["--device", "cuda:99"],
+        ["--counts", "none.npy", "--shift", "1"]]),
+    ("sample.py", [*PROBABILITIES, "--shift", "1"], "counts", 1), ("sample.py", ["--prompt", "FILE:none.txt"], "none.txt", 1),
+    ("count.py", ["-o", "text.txt"], "text.txt", 2),
 ]
 
 
-@pytest.mark.parametrize("flags, culprit, status", MISTAKES, ids=[" ".join(flags) for flags, *_ in MISTAKES])
-def test_a_mistake_ends_in_one_line_and_makes_no_folder(train, one_line, text, flags, culprit, status):
+@pytest.mark.parametrize("script, flags, culprit, status", MISTAKES,
+                         ids=[f"{script} {' '.join(flags)}" for script, flags, *_ in MISTAKES])
+def test_a_mistake_ends_in_one_line(run, one_line, small, text, tiny, script, flags, culprit, status):
+    """It writes nothing."""
     np.save(text / "short.npy", np.ones(50257, int))
     np.save(text / "negative.npy", -np.ones(4096))
     np.save(text / "half.npy", np.arange(4096) % 2)
     np.save(text / "probabilities.npy", np.full(4096, 1 / 4096))
-    one_line(train("--max_iters", 1, *flags, ok=False), culprit, status=status)
-    assert not (text / "out").exists()
+    before = files(text)
+    begin = {"train.py": small, "sample.py": ["--init_from", tiny], "count.py": ["text.txt"]}[script]
+    one_line(run(script, *begin, *flags, cwd=text, ok=False), culprit, status=status)
+    assert files(text) == before and not (text / "out").exists()

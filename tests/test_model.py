@@ -109,17 +109,6 @@ def test_what_was_loaded_is_saved(golden, tmp_path):
     assert b'"__metadata__": {"format": "pt"}' in data
 
 
-def test_a_new_model_is_initialized_and_saved_as_a_gpt2(tmp_path):
-    model = GPT(GPTConfig(vocab_size=500, n_positions=64, n_embd=64, n_layer=8, n_head=4, eos_token_id=499))
-    assert model.wte.weight.std().item() == pytest.approx(0.02, rel=0.05)
-    assert model.h[0].mlp.c_proj.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)
-    assert (model.h[3].ln_1.weight == 1).all() and (model.h[3].attn.c_attn.bias == 0).all()
-    model.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_bytes())
-    expected = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": 64, "eos_token_id": 499}
-    assert config | expected == config
-
-
 # --- generation and training ---
 
 
@@ -167,49 +156,35 @@ def test_tokens_are_drawn_as_often_as_they_are_likely():
     assert torch.equal(drawn > 0, p > 0)
 
 
-def test_logit_bias_is_added_before_temperature():
-    model, idx = GPT.from_pretrained(GOLDEN).eval(), torch.tensor([[1, 2, 3]])
-    likeliest, second = model(idx)[0, -1].topk(2).indices
-    bias = torch.zeros(31).index_fill(0, likeliest, -torch.inf)
-    for temperature in 0, 1e-3:
-        assert model.generate(idx, 1, temperature, logit_bias=bias)[0, -1] == second
-    only_4 = torch.full((31,), -torch.inf).index_fill(0, torch.tensor(4), 0)
-    assert (model.generate(idx, 20, temperature=9, logit_bias=only_4)[0, 3:] == 4).all()
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_writes_what_float32_writes(dtype):
-    """On trained weights: 95% of the greedy tokens, cross-entropy to 0.3%; one row is as one of several."""
+    """On trained weights 95% of the greedy tokens are the same, and one row is as one of several."""
     exact, half = (GPT.from_pretrained(ROOT / "tiny").eval().to(to) for to in (torch.float32, dtype))
     torch.manual_seed(0)
     idx = exact.generate(torch.full((8, 1), 4095), 64)
-    with torch.no_grad():
-        logits, half_logits = (m(idx[:, :-1]).float().flatten(0, 1) for m in (exact, half))
-    assert (logits.argmax(-1) == half_logits.argmax(-1)).float().mean() >= 0.95
-    ce, half_ce = (F.cross_entropy(x, idx[:, 1:].flatten()).item() for x in (logits, half_logits))
-    assert half_ce == pytest.approx(ce, rel=0.003)
+    assert (exact(idx).argmax(-1) == half(idx).argmax(-1)).float().mean() >= 0.95
     rows = half.generate(idx[:2, :8], 8, temperature=0)
     assert torch.equal(half.generate(idx[:1, :8], 8, temperature=0), rows[:1])
-    assert torch.backends.mkldnn.enabled
 
 
-def test_dropout_and_checkpointing():
-    model, idx, calls = GPT.from_pretrained(GOLDEN).train(), torch.arange(12)[None], []
-    model.set_dropout(0.5)
-    assert not torch.equal(model(idx), model(idx))
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+def test_dropout():
+    model, idx = GPT.from_pretrained(GOLDEN).train(), torch.arange(12)[None]
+    for p, is_same in (0.5, False), (0.0, True):
+        model.set_dropout(p)
+        assert torch.equal(model(idx), model(idx)) == is_same
+    model.h[0].attn.dropout = 0.5
     assert not torch.equal(model(idx), model(idx))  # attention drops out, too
+
+
+def test_activation_checkpointing_computes_the_mlps_twice():
+    model, idx, calls, gradients = GPT.from_pretrained(GOLDEN).train(), torch.arange(12)[None], [], []
     model.set_dropout(0.0)
-    assert torch.equal(model(idx), model(idx))
     for block in model.h:
         block.mlp.register_forward_pre_hook(lambda *args: calls.append(1))
-    plain = torch.autograd.grad(model(idx).square().sum(), model.wpe.weight)[0]
-    assert len(calls) == 2  # nothing is computed twice unless asked for
-    model.activation_checkpointing = True
-    assert torch.equal(torch.autograd.grad(model(idx).square().sum(), model.wpe.weight)[0], plain)
-    assert len(calls) == 6
+    for model.activation_checkpointing, n_calls in (False, 2), (True, 6):
+        gradients += torch.autograd.grad(model(idx).square().sum(), model.wpe.weight)
+        assert len(calls) == n_calls
+    assert torch.equal(*gradients)
 
 
 # --- bad files ---
@@ -295,23 +270,6 @@ def test_a_folder_that_is_no_checkpoint_is_one_line(files, culprit, tmp_path):
     refused(tmp_path / "a", culprit, OSError)
 
 
-@pytest.mark.parametrize("name", ["nonsense", "", "meta", "cuda:99", "hpu"])
-def test_a_device_that_is_not_there_is_one_line(name):
-    with pytest.raises(ValueError, match=r"--device.*\Z"):
-        pick_device(name)
-
-
-def test_what_cannot_be_written_leaves_what_was_there(tmp_path):
-    def write(path):
-        path.write_bytes(b"half")
-        raise OSError("disk full")
-
-    (tmp_path / "a").write_bytes(b"old")
-    with pytest.raises(OSError):
-        replace(tmp_path / "a", write)
-    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a", b"old")]
-
-
 # --- downloads ---
 
 
@@ -373,21 +331,15 @@ WHOLE = sorted([*TEXTS, SAFE])
     ("gpt2", "openai-community/gpt2", WHOLE), ("distilgpt2", "distilbert/distilgpt2", WHOLE),
     ("a/b", "a/b", WHOLE), ("a/b", "a/b", ["config.json", BIN, "tokenizer.json"])], ids=str)
 def test_a_model_is_downloaded_once(name, repo, files, hub, tmp_path):
-    """The other files that a model may have are not there."""
+    """The other files that a model may have are not there. A tokenizer alone needs no weights."""
     hub.serve(repo, *files)
-    assert_logits(name)
-    assert downloaded(tmp_path) == files and len(set(hub.asked)) == len(hub.asked)
-    hub.asked.clear()
-    assert_logits(name)
-    assert not hub.asked
-
-
-def test_a_tokenizer_alone_needs_no_weights(hub, tmp_path):
-    hub.serve("a/b", *WHOLE)
-    checkpoint_folder("a/b", weights=False)
-    assert downloaded(tmp_path) == TEXTS
-    checkpoint_folder("a/b")
-    assert downloaded(tmp_path) == WHOLE
+    checkpoint_folder(name, weights=False)
+    assert downloaded(tmp_path) == [file for file in files if file not in (SAFE, BIN)]
+    for _ in range(2):
+        assert_logits(name)
+        assert downloaded(tmp_path) == files
+    assert hub.asked.count(f"/{repo}/resolve/main/config.json") == 1
+    assert hub.asked.count(f"/{repo}/resolve/main/{files[1]}") == 1
 
 
 def test_a_download_cut_short_leaves_nothing_that_looks_whole(hub, tmp_path):
@@ -432,10 +384,9 @@ def snapshot(cache, repo):
     """The golden checkpoint in Hugging Face's cache."""
     folder = cache / f"models--{repo}/snapshots/607a30d7"
     shutil.copytree(GOLDEN, folder)
-    main = folder.parent.parent / "refs/main"
-    main.parent.mkdir()
-    main.write_text("607a30d7", encoding="utf-8")
-    return folder, main
+    (cache / f"models--{repo}/refs").mkdir()
+    (cache / f"models--{repo}/refs/main").write_text("607a30d7", encoding="utf-8")
+    return folder
 
 
 @pytest.mark.parametrize("variable, below", [("HF_HOME", "hub"), ("HF_HUB_CACHE", "")])
@@ -443,27 +394,14 @@ def snapshot(cache, repo):
     ("gpt2", "gpt2"), ("gpt2", "openai-community--gpt2"), ("a/b", "a--b")])
 def test_hugging_faces_cache_is_used_offline(name, repo, variable, below, hub, tmp_path, monkeypatch):
     monkeypatch.setenv(variable, str(tmp_path / "other"))
-    folder, _ = snapshot(tmp_path / "other" / below, repo)
+    folder = snapshot(tmp_path / "other" / below, repo)
     assert_logits(name)
     assert checkpoint_folder(name) == folder and not hub.asked
 
 
-@pytest.mark.parametrize("lacks", [SAFE, "config.json", "refs/main"])
+@pytest.mark.parametrize("lacks", [SAFE, "config.json", "../../refs/main"])
 def test_an_incomplete_snapshot_is_not_used(lacks, hub, tmp_path):
     hub.serve("a/b", *WHOLE)
-    folder, main = snapshot(tmp_path / "huggingface/hub", "a--b")
-    (main if lacks == "refs/main" else folder / lacks).unlink()
+    (snapshot(tmp_path / "huggingface/hub", "a--b") / lacks).unlink()
     assert_logits("a/b")
     assert downloaded(tmp_path) == WHOLE
-
-
-GPT2 = Path(torch.hub.get_dir(), "pdl/openai-community--gpt2", SAFE)
-
-
-@pytest.mark.skipif(not GPT2.exists() and "PDL_TEST_GPT2" not in os.environ,
-                    reason="gpt2 is not cached; PDL_TEST_GPT2=1 downloads its 0.5 GB")
-def test_the_real_gpt2_writes_what_it_is_known_to_write():
-    expected = [464, 3290, 373, 1043, 287, 257, 2214, 1474, 262, 16246,
-                286, 2688, 290, 2688, 27262, 13, 198, 198, 464, 3290]
-    model = GPT.from_pretrained("gpt2")
-    assert model.generate(torch.tensor([expected[:2]]), 18, temperature=0)[0].tolist() == expected

@@ -123,30 +123,17 @@ def test_all_ignored_is_zero(loss, reduction):
     assert all((x == 0).all() for x in (ours, *torch.autograd.grad(ours.sum(), (hidden, lm_head))))
 
 
-def gradient_in_parts(hidden, lm_head, targets, loss):
-    return sum(torch.autograd.grad(loss(h, lm_head, t), lm_head)[0] for h, t in zip(hidden, targets))
-
-
 def test_a_batch_in_parts_over_one_denominator_is_the_whole_batch():
-    batch, weights = example(), pdl_weights(COUNTS, 1.0)
-    _, _, whole = expected(*batch, alpha=1.0)
-    total = token_weights(batch[2], weights).sum()
-    parts = gradient_in_parts(*batch, lambda *part: linear_pdl_loss(*part, weights, "sum") / total)
-    torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-6)
-    means = gradient_in_parts(*batch, lambda *part: linear_pdl_loss(*part, weights) / 3)
-    assert (means - whole).norm() > 0.05 * whole.norm()  # a mean of means is another loss
-
-
-def test_with_weights_of_average_1_the_denominator_is_the_number_of_targets():
-    """On the text that was counted this is the mean, in any number of parts."""
+    """The sum of its weights, or with weights of average 1 on the text that was counted, its targets."""
     counts = torch.tensor(COUNTS)
     targets = torch.arange(V).repeat_interleave(counts)[torch.randperm(sum(COUNTS))].view(6, -1)
     hidden, lm_head, _ = example(targets.shape)
-    weights = pdl_weights(counts)
     _, _, whole = expected(hidden, lm_head, targets)
-    weights *= counts.sum() / (counts * weights).sum()
-    parts = gradient_in_parts(hidden, lm_head, targets, lambda *p: full(*p, weights, "sum") / targets.numel())
-    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-8)
+    weights = pdl_weights(counts)
+    average_1 = weights * counts.sum() / (counts * weights).sum()
+    for w, denominator in (weights, token_weights(targets, weights).sum()), (average_1, targets.numel()):
+        parts = sum(linear_pdl_loss(h, lm_head, t, w, "sum") / denominator for h, t in zip(hidden, targets))
+        torch.testing.assert_close(torch.autograd.grad(parts, lm_head)[0], whole, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -168,18 +155,16 @@ def test_a_large_vocabulary_in_half_precision():
 
 
 class Operations(TorchDispatchMode):
-    """In a with block: the names of torch's operations, and the shapes of the memory that they allocate."""
+    """In a with block: the names of torch's operations, and how many numbers each of them gives."""
 
     def __init__(self):
         super().__init__()
-        self.names, self.shapes = [], []
+        self.names, self.sizes = [], []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         self.names.append(func.overloadpacket.__name__)
-        storages = [x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)]
-        if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in storages:
-            self.shapes.append(tuple(out.shape))
+        self.sizes.append(out.numel() if isinstance(out, torch.Tensor) else 0)
         return out
 
 
@@ -193,32 +178,12 @@ def test_linear_never_holds_the_logits_and_computes_only_the_gradients_that_are_
     with Operations() as operations, torch.set_grad_enabled(trained != ""):
         loss = linear_pdl_loss(hidden, lm_head, targets, pdl_weights(COUNTS))
         if trained:
-            loss.backward()
+            loss.backward(retain_graph=True)
     assert sum(name in ("mm", "addmm_") for name in operations.names) == 20 * products
-    assert max(map(math.prod, operations.shapes)) <= 100 * D  # the logits are 100 * V
-    if "lm_head" not in trained:
-        assert lm_head.grad is None and (V, D) not in operations.shapes
-
-
-def test_in_a_compiled_function_it_is_the_same():
-    def loss(hidden, lm_head):
-        return linear_pdl_loss(hidden.tanh(), lm_head, targets, pdl_weights(COUNTS)).exp()
-
-    *inputs, targets = example()
-    plain, compiled = loss(*inputs), torch.compile(loss, backend="aot_eager")(*inputs)
-    torch.testing.assert_close(compiled, plain)
-    for a, b in zip(*(torch.autograd.grad(x, inputs) for x in (compiled, plain))):
-        torch.testing.assert_close(a, b)
-
-
-@pytest.mark.parametrize("trained", [(True, True), (True, False), (False, True)])
-def test_a_second_backward_is_an_error(trained):
-    *inputs, targets = example()
-    inputs = [x.requires_grad_(flag) for x, flag in zip(inputs, trained)]
-    loss = linear_pdl_loss(*inputs, targets, pdl_weights(COUNTS))
-    loss.backward(retain_graph=True)
+    assert max(operations.sizes) <= 100 * D  # the logits are 100 * V
+    assert (hidden.grad is not None, lm_head.grad is not None) == ("hidden" in trained, "lm_head" in trained)
     with pytest.raises(RuntimeError):
-        loss.backward()
+        loss.backward()  # the gradients were scaled in place, so a second time is an error
 
 
 @pytest.mark.parametrize("arguments", [
@@ -240,17 +205,12 @@ def test_the_loss_refuses_what_does_not_fit(loss, reduction):
                         (targets[1:], weights, reduction), (targets, weights, "average")):
         with pytest.raises(ValueError):
             loss(hidden, lm_head, *wrong, how)
-
-
-@all_losses
-@pytest.mark.parametrize("target", [-1, V])
-def test_a_target_outside_the_vocabulary_is_an_error(loss, reduction, target):
-    hidden, lm_head, targets = example()
-    targets[1, 2] = target
-    with pytest.raises(IndexError):
-        loss(hidden, lm_head, targets, pdl_weights(COUNTS), reduction)
-    with pytest.raises(IndexError):
-        token_weights(targets, pdl_weights(COUNTS))
+    for target in -1, V:  # outside the vocabulary
+        targets[1, 2] = target
+        with pytest.raises(IndexError):
+            loss(hidden, lm_head, targets, weights, reduction)
+        with pytest.raises(IndexError):
+            token_weights(targets, weights)
 
 
 def test_copied_alone_it_runs_and_shows_the_method(tmp_path, monkeypatch, capsys):
