@@ -107,7 +107,7 @@ def test_a_real_language_model_has_a_section_too(record):
     new, claims, old = rest.partition("## The paper's claims")
     assert head + claims + old == without
     gain = findings.compare(llm, "style", "PDL 0.25", findings.nats("all"))
-    assert f"| PDL 0.25 | plain | {gain.n} | {gain:.3f} |" in new and "(a GPU), with bfloat16" in new
+    assert f"| PDL 0.25 | plain | {gain.n} | {gain:.3f} |" in new and "(a GPU)" in new
     assert "1. `in 'quotes'`\n   - the author: `an answer`\n   - plain: `a text`\n" in new
 
 
