@@ -58,7 +58,7 @@ def test_shift_has_the_effect_of_the_weights(write, tiny, tokenizer, tmp_path):
 # --- on every machine ---
 
 
-def test_names_and_texts_may_be_unicode_where_the_console_is_not(start, text, small, tiny):
+def test_names_and_texts_may_be_unicode_where_the_console_is_not(start, text, small):
     """As on Windows, where it is cp1252 unless told otherwise."""
     name = "na\u00efve \u4e2d\u6587.txt"
     (text / name).write_bytes((text / "text.txt").read_bytes() + "caf\u00e9 \u4e2d\u6587 ".encode() * 99)
