@@ -167,10 +167,8 @@ def test_pairs_are_known_by_name_or_content(tokenizer, tmp_path, monkeypatch, na
     ([f"one{EOT}", " two"], f"one{EOT} two"),
     (["one", '{"text": " two"}\n{"text": " three"}', " four"], f"one{EOT} two{EOT} three{EOT} four"),
 ])
-@pytest.mark.parametrize("piece", [5, 1 << 18])
-def test_text_is_read_as_it_is_and_files_are_kept_apart(tmp_path, monkeypatch, contents, text, piece):
+def test_text_is_read_as_it_is_and_files_are_kept_apart(tmp_path, contents, text):
     """Line ends stay, a byte order mark goes. An end of text is between files and after each document."""
-    monkeypatch.setattr(count, "PIECE", piece)
     paths = [tmp_path / str(i) for i in range(len(contents))]
     for path, content in zip(paths, contents):
         path.write_bytes(content.encode())

@@ -24,13 +24,6 @@ def test_the_same_seed_writes_the_same(write):
     assert first == again != other and first.count("The") >= 2
 
 
-def test_a_prompt_is_a_text_a_file_or_standard_input(write, tmp_path):
-    (tmp_path / "prompt.txt").write_text("the quick", encoding="utf-8")
-    expected = write("--prompt", "the quick")
-    assert write("--prompt", "FILE:prompt.txt") == expected
-    assert write("--prompt", "-", input="the quick") == expected
-
-
 @pytest.mark.parametrize("prompt", ["", "<|endoftext|>"])
 def test_an_empty_prompt_or_an_end_of_text_starts_a_new_text(write, tiny, tokenizer, prompt):
     out = write("--prompt", prompt, "--num_samples", 1, "--temperature", 0)
@@ -63,7 +56,7 @@ def test_names_and_texts_may_be_unicode_where_the_console_is_not(start, text, sm
     name = "na\u00efve \u4e2d\u6587.txt"
     (text / name).write_bytes((text / "text.txt").read_bytes() + "caf\u00e9 \u4e2d\u6587 ".encode() * 99)
     train = "train.py", *small, "--data", name, "--max_iters", 1, "--out_dir", "\u4e2d"
-    write = "sample.py", "--init_from", "\u4e2d", *FLAGS, "--prompt", f"FILE:{name}"
+    write = "sample.py", "--init_from", "\u4e2d", *FLAGS, "--prompt", name
     for command in train, write:
         process = start(*command, cwd=text, env={"PYTHONUTF8": "0", "PYTHONIOENCODING": "cp1252"})
         stdout, stderr = process.communicate()
