@@ -310,13 +310,13 @@ def test_a_download_cut_short_leaves_nothing_that_looks_whole(hub, tmp_path):
 
 
 def test_what_is_no_gpt2_is_refused_before_its_weights_are_downloaded(hub, tmp_path):
-    hub.serve("a/b", *WHOLE)
-    for page in b"<html>Please log in.</html>", b"", b"[" * 100_000:
-        hub.files["a/b/config.json"] = page
-        refused("a/b", "a/b", OSError)
-    assert downloaded(tmp_path) == []
-    hub.files["a/b/config.json"] = b'{"model_type": "t5"}'
-    refused("a/b", "t5")
+    page, t5 = b"<html>Please log in.</html>", b'{"model_type": "t5"}'
+    for repo, name, content, error in [
+        ("a/b", "config.json", page, OSError), ("a/c", "config.json", b"[" * 100_000, OSError),
+        ("a/d", "merges.txt", page, OSError), ("a/t5", "config.json", t5, ValueError)]:
+        hub.serve(repo, *WHOLE)
+        hub.files[f"{repo}/{name}"] = content
+        refused(repo, repo.partition("/")[2], error)
     hub.serve("a/sharded", *TEXTS)
     refused("a/sharded", "a/sharded", OSError)
     refused("a/missing", "a/missing", OSError)
