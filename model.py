@@ -431,8 +431,11 @@ def download(repo, path):
                         print(f"{path.name}: {done:,} of {size:,} bytes\033[K", end="\r", file=sys.stderr)
         if size and done != size:
             raise OSError(f"{path.name}: {done:,} of {size:,} bytes came; try again")
+        with open(part, "rb") as file:
+            if file.read(5).lower() in (b"<html", b"<!doc"):
+                raise ValueError("a log-in page")
         if path.suffix == ".json":
-            json.loads(part.read_bytes())  # fails for a log-in page
+            json.loads(part.read_bytes())
         os.replace(part, path)
     except urllib.error.HTTPError as error:
         if error.code != 404:

@@ -224,13 +224,14 @@ def verdict(of_task, on_average, claim):
     return {1: "yes", 0: "not shown", -1: "no, the opposite"}[on_average.sign()]
 
 
-def table_for_readme(record):
-    """What each method changes against plain finetuning, on average over the tasks."""
+def table_for_readme(rerun, llm):
+    """What each method changes against plain finetuning, on average over the tasks of each model."""
     measures = nats("rare"), nats("all"), at_equal_diversity("rare_f1"), at_equal_diversity("bleu")
-    rows = [[name, *(f"{compare(record, TASKS, method, of):{digits}}" for of, digits in
-                     zip(measures, (".2f", ".2f", ".3f", ".3f")))]
-            for name, method in (("PDL 0.25, rising", RISING), ("PDL 0.25", "PDL 0.25"),
-                                 ("PDL 0.5", "PDL 0.5"), ("shift 0.25, no training", "plain, shift 0.25"))]
+    methods = {"PDL 0.25, rising": RISING, "PDL 0.25": "PDL 0.25", "shift 0.25": "plain, shift 0.25"}
+    rows = [[f"{model}: {name}", *(f"{compare(results, tasks, method, of):{digits}}" for of, digits in
+                                   zip(measures, (".2f", ".2f", ".3f", ".3f")))]
+            for model, results, tasks in (("135M", llm, ("style", "webnlg")), ("4M", rerun, TASKS))
+            for name, method in methods.items() if model == "135M" or method != "PDL 0.25"]
     return table(["against plain finetuning", "rare tokens, nats", "all tokens, nats", "F1 of rare tokens",
                   "BLEU-4"], rows)
 
