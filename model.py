@@ -57,7 +57,7 @@ class Attention(nn.Module):
             cache[:, :, :, pos : pos + T] = torch.stack((k, v))
             k, v = cache[:, :, :, : pos + T]  # (B, n_head, pos + T, C / n_head) each
         dropout = self.dropout.p if self.training else 0.0
-        # The causal mask. A single token sees all tokens so far. (With a cache and pos > 0, T must be 1.)
+        # The causal mask. A single token sees all tokens so far. The cache may have another dtype than x.
         y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, dropout_p=dropout, is_causal=T > 1)
         y = y.to(x.dtype).transpose(1, 2).reshape(B, T, C)  # the heads side by side
         return self.dropout(self.c_proj(y))
@@ -97,7 +97,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.generation_config = {}  # the content of generation_config.json, to be saved as it was
-        # True: the backward pass computes the MLPs again, which halves the memory of a block cheaply.
+        # True: the backward pass computes the MLPs again, which halves the memory of a block at little cost.
         self.activation_checkpointing = False
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)

@@ -32,7 +32,7 @@ def pdl_weights(counts, alpha=0.5, eps=1.0):
     Raises ValueError if an argument is out of range.
     """
     counts = torch.as_tensor(counts)
-    freq = counts.cpu().double()
+    freq = counts.cpu().double()  # on the CPU, since not every GPU has float64
     if freq.dim() != 1 or not (freq.isfinite() & (freq >= 0)).all():
         raise ValueError("counts must be one finite number per token, none of them negative")
     if not (0 <= alpha < math.inf and 0 <= eps < math.inf):
@@ -117,7 +117,7 @@ def linear_pdl_loss(hidden, lm_head, targets, weights, reduction="mean", ignore_
     w = token_weights(targets, weights, ignore_index).to(torch.promote_types(hidden.dtype, torch.float32))
     keep = targets != ignore_index  # a position without loss costs nothing
     if not torch.is_grad_enabled():
-        hidden, lm_head = hidden.detach(), lm_head.detach()  # needs_input_grad does not know of no_grad
+        hidden, lm_head = hidden.detach(), lm_head.detach()  # else gradients are computed all the same
     with torch.autocast(device, enabled=False):
         loss = _ChunkedLoss.apply(hidden[keep], lm_head, targets[keep], w[keep])
     return _mean(loss, w) if reduction == "mean" else loss
@@ -141,18 +141,18 @@ class _ChunkedLoss(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         d_head = torch.zeros_like(lm_head, dtype=w.dtype) if ctx.needs_input_grad[1] else None
         rows = max(1, CHUNK_LOGITS // V)
-        logits_buffer, p_buffer = hidden.new_empty(2, min(rows, N), V)  # on a CPU, fresh memory is slow
+        logits_buffer, p_buffer = hidden.new_empty(2, min(rows, N), V)  # for all chunks: new memory is slow
         for start in range(0, N, rows):
             chunk = slice(start, start + rows)
             h, t, wt = hidden[chunk], targets[chunk], w[chunk]  # (n, D), (n,), (n,)
             i = torch.arange(len(t), device=t.device)
             logits = torch.mm(h, head.T, out=logits_buffer[: len(t)])  # (n, V)
             p = torch.softmax(logits, dim=-1, out=p_buffer[: len(t)])  # (n, V)
-            # The largest p is at least 1/V. So it does not underflow, even in float16.
+            # logsumexp = top - log p(top) needs no more memory. This p is at least 1/V, so log is safe.
             top, at = logits.max(dim=-1)  # (n,) each
             logsumexp = top.to(w.dtype) - p[i, at].to(w.dtype).log()  # (n,), of the logits
             loss += wt @ (logsumexp - logits[i, t].to(w.dtype))
-            p[i, t] -= 1  # now the gradient by the logits
+            p[i, t] -= 1  # now the gradient by the logits, without the weight
             if d_hidden is not None:
                 torch.mm(p, head, out=d_hidden[chunk])
             if d_head is not None:
@@ -170,8 +170,8 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx, grad):
         d_hidden, d_head, w, largest = ctx.saved_tensors
         if d_hidden is not None:
-            d_hidden.mul_((w * grad)[:, None])  # in place: a copy of d_head would be as large as lm_head
-        if d_head is not None:
+            d_hidden.mul_((w * grad)[:, None])
+        if d_head is not None:  # in place: a copy would be as large as lm_head
             d_head = d_head.mul_(largest * grad).to(ctx.head_dtype)
         return d_hidden, d_head, None, None
 

@@ -42,8 +42,9 @@ def main():
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if WORLD_SIZE > 1:
+        # gloo sums what is on the CPU, as in evaluate().
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU
     note = choose_model(args, device)
     say(note)
     tokenizer = count.load_tokenizer(args.init_from)
@@ -82,7 +83,7 @@ def finetune(args, alpha, folder, device, tokenizer, corpus):
     optimizer = make_optimizer(args, model)
     final_weights = step_weights(args.max_iters, alpha, args, corpus, model)  # (V,)
     shifts = {f"{x:g}": shift(corpus.freq, x) for x in args.alpha if alpha == 0 and x > 0}  # (V,) each
-    step, before, best = 0, None, None  # the evaluations before training, and of the best model
+    step, before, best = 0, None, None  # results of evaluate() before training, and for the best model
     if resuming:
         step, before, best = resume(folder, args, model, optimizer, corpus.digest)
     elif RANK == 0:
