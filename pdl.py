@@ -99,7 +99,7 @@ def _check(shape, vocab_size, targets, weights, reduction, allowed):
 # ---------------------------------------------------------------------------------------------------------
 # That was the method. The rest computes the same loss in a fraction of the memory.
 
-CHUNK_LOGITS = 2**25  # logits held at a time (667 rows for GPT-2): fewer are slower, more no faster
+CHUNK_LOGITS = 26_000_000  # logits held at a time (517 rows for GPT-2): fewer are slower, more no faster
 
 
 @torch.compiler.disable
@@ -159,8 +159,9 @@ class _ChunkedLoss(torch.autograd.Function):
                 weighted = (h * (wt / largest)[:, None]).to(h.dtype)
                 if p.dtype == d_head.dtype:
                     d_head.addmm_(p.T, weighted)
-                else:  # summed in float32
-                    d_head += p.T @ weighted
+                else:  # summed in float32, 2,048 tokens at a time, so that no second (V, D) is needed
+                    for total, part in zip(d_head.split(2048), p.T.split(2048)):
+                        total += part @ weighted
         ctx.save_for_backward(d_hidden, d_head, w, largest)
         ctx.head_dtype = lm_head.dtype
         return loss
