@@ -25,7 +25,7 @@ import numpy as np
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str  # how GPT-2 splits text before it merges bytes
 
-from model import checkpoint_folder, line_of, replace
+from model import checkpoint_folder, line_of, write_safely
 
 END_OF_TEXT = "<|endoftext|>"
 PIECE = 1 << 18  # characters to read and tokenize at a time
@@ -219,7 +219,7 @@ class Corpus:
     carries_loss: np.ndarray  # (N,) bool: all of a text, only the completions of pairs
     starts: range | np.ndarray  # where a training sequence may start
     held_out: np.ndarray  # (W, T + 1), rows in which each held-out target is once
-    held_out_loss: np.ndarray  # (W, T + 1) bool
+    held_out_carries_loss: np.ndarray  # (W, T + 1) bool
     example: tuple  # the tokens of a held-out prompt, and of what its author wrote after it
     freq: np.ndarray = None  # (V,), freq(t) of Eq. 3: how often each token carries loss in the training part
 
@@ -231,11 +231,7 @@ class Corpus:
 
     def held_out_batch(self, rows):
         """x and y of some held-out rows."""
-        return inputs_and_targets(self.held_out[rows], self.held_out_loss[rows])
-
-    def counts(self, n_vocab):
-        """How often each token carries loss in the training part: (n_vocab,) int64."""
-        return np.bincount(self.tokens[self.carries_loss], minlength=n_vocab)
+        return inputs_and_targets(self.held_out[rows], self.held_out_carries_loss[rows])
 
     @cached_property
     def bands(self):
@@ -246,7 +242,7 @@ class Corpus:
     def digest(self):
         """A SHA-256 that is the same only for the same data and counts."""
         sha256 = hashlib.sha256()
-        for part in self.tokens, self.carries_loss, self.held_out, self.held_out_loss, self.freq:
+        for part in self.tokens, self.carries_loss, self.held_out, self.held_out_carries_loss, self.freq:
             sha256.update(np.ascontiguousarray(part))
         return sha256.hexdigest()
 
@@ -271,7 +267,10 @@ def load_corpus(paths, tokenizer, block_size, counts=None):
 
         is_pairs, items = False, ["\n\n".join(topics.values())]
     corpus = (_corpus_of_pairs if is_pairs else _corpus_of_text)(name, items, tokenizer, block_size)
-    corpus.freq = load_counts(counts, tokenizer.n_vocab) if counts else corpus.counts(tokenizer.n_vocab)
+    if counts:
+        corpus.freq = load_counts(counts, tokenizer.n_vocab)
+    else:
+        corpus.freq = np.bincount(corpus.tokens[corpus.carries_loss], minlength=tokenizer.n_vocab)
     return corpus
 
 
@@ -338,12 +337,10 @@ def _corpus_of_pairs(name, pairs, tokenizer, T):
 
 def _side_by_side(pairs, size):
     """Pairs one after the other and then zeros: tokens (size,), and which of them carry loss (size,) bool."""
-    tokens, carries_loss, end = np.zeros(size, pairs[0][0].dtype), np.zeros(size, bool), 0
-    for prompt, completion in pairs:
-        middle, end = end + len(prompt), end + len(prompt) + len(completion)
-        tokens[middle - len(prompt) : end] = np.concatenate((prompt, completion))
-        carries_loss[middle:end] = True
-    return tokens, carries_loss
+    parts = [part for pair in pairs for part in pair]  # prompt, completion, prompt, completion, ...
+    tokens = np.concatenate(parts)
+    carries_loss = np.repeat([False, True] * len(pairs), [len(part) for part in parts])
+    return np.pad(tokens, (0, size - len(tokens))), np.pad(carries_loss, (0, size - len(tokens)))
 
 
 # --- counts ---
@@ -368,7 +365,7 @@ def count_tokens(paths, tokenizer):
 def save_counts(path, counts):
     file = io.BytesIO()
     np.save(file, counts)
-    replace(path, lambda part: part.write_bytes(file.getvalue()))
+    write_safely(path, lambda part: part.write_bytes(file.getvalue()))
 
 
 def load_counts(files, n_vocab):

@@ -115,11 +115,13 @@ def linear_pdl_loss(hidden, lm_head, targets, weights, reduction="mean", ignore_
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         hidden = hidden.to(torch.get_autocast_dtype(device))
     w = token_weights(targets, weights, ignore_index).to(torch.promote_types(hidden.dtype, torch.float32))
+    # float16 can hold w / largest, but perhaps not w. The padding is for a batch without targets.
+    largest = F.pad(w.flatten(), (0, 1), value=torch.finfo(w.dtype).tiny).max()
     keep = targets != ignore_index  # a position without loss costs nothing
     if not torch.is_grad_enabled():
         hidden, lm_head = hidden.detach(), lm_head.detach()  # else gradients are computed all the same
     with torch.autocast(device, enabled=False):
-        loss = _ChunkedLoss.apply(hidden[keep], lm_head, targets[keep], w[keep])
+        loss = largest * _ChunkedLoss.apply(hidden[keep], lm_head, targets[keep], w[keep] / largest)
     return _mean(loss, w) if reduction == "mean" else loss
 
 
@@ -136,8 +138,6 @@ class _ChunkedLoss(torch.autograd.Function):
         N, V = len(hidden), len(lm_head)
         head = lm_head.to(hidden.dtype)  # (V, D)
         loss = w.new_zeros(())
-        # float16 can hold w / largest, but perhaps not w.
-        largest = w.max().clamp(min=torch.finfo(w.dtype).tiny) if N else loss
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         d_head = torch.zeros_like(lm_head, dtype=w.dtype) if ctx.needs_input_grad[1] else None
         rows = max(1, CHUNK_LOGITS // V)
@@ -156,24 +156,24 @@ class _ChunkedLoss(torch.autograd.Function):
             if d_hidden is not None:
                 torch.mm(p, head, out=d_hidden[chunk])
             if d_head is not None:
-                weighted = (h * (wt / largest)[:, None]).to(h.dtype)
+                weighted = (h * wt[:, None]).to(h.dtype)
                 if p.dtype == d_head.dtype:
                     d_head.addmm_(p.T, weighted)
                 else:  # summed in float32, 2,048 tokens at a time, so that no second (V, D) is needed
                     for total, part in zip(d_head.split(2048), p.T.split(2048)):
                         total += part @ weighted
-        ctx.save_for_backward(d_hidden, d_head, w, largest)
+        ctx.save_for_backward(d_hidden, d_head, w)
         ctx.head_dtype = lm_head.dtype
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        d_hidden, d_head, w, largest = ctx.saved_tensors
+        d_hidden, d_head, w = ctx.saved_tensors
         if d_hidden is not None:
             d_hidden.mul_((w * grad)[:, None])
         if d_head is not None:  # in place: a copy would be as large as lm_head
-            d_head = d_head.mul_(largest * grad).to(ctx.head_dtype)
+            d_head = d_head.mul_(grad).to(ctx.head_dtype)
         return d_hidden, d_head, None, None
 
 

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import time
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 import count
 from count import BANDS, at_least
 from model import GPT, TOKENIZER, checkpoint_folder, load_state, pick_device, pick_dtype, read_weights
-from model import replace, write_json
+from model import write_safely, write_json
 from pdl import linear_pdl_loss, pdl_weights, token_weights
 from sample import shift, write
 
@@ -52,9 +53,7 @@ def main():
     reports = []
     try:
         for alpha in args.alpha:
-            folder = Path(args.out_dir)
-            if len(args.alpha) > 1:
-                folder /= f"alpha-{alpha:g}"
+            folder = Path(args.out_dir, f"alpha-{alpha:g}" if len(args.alpha) > 1 else "")
             reports.append(finetune(args, alpha, folder, device, tokenizer, corpus))
             say(table_of_run(reports[-1]))
     except KeyboardInterrupt:
@@ -87,7 +86,7 @@ def finetune(args, alpha, folder, device, tokenizer, corpus):
     if resuming:
         step, before, best = resume(folder, args, model, optimizer, corpus.digest)
     elif RANK == 0:
-        claim(folder, args, corpus)
+        claim(folder, args, alpha, corpus)
     evaluated = step if resuming else None  # the step of the last evaluation
     introduce(args, alpha, folder, device, model, corpus, evaluated)
     trained = torch.compile(model) if args.compile else model
@@ -251,15 +250,15 @@ def evaluate(args, model, corpus, weights, device, logit_bias=None):
                 right, w = (logits.argmax(-1).cpu() == t).double(), weights[t].double()
                 sums.index_add_(1, bands[t], torch.stack((torch.ones_like(ce), ce, right, w, w * ce)))
     model.train()
-    n, ce, right, w, w_ce = all_sum(sums)  # (3,) each
+    sums = all_sum(sums)
+    n, ce, right, w, w_ce = torch.cat((sums, sums.sum(1, keepdim=True)), dim=1)  # (4,) each: 3 bands and all
 
     def by_band(values):
-        return {band: value for band, value, there in zip(BANDS, values.tolist(), n) if there}
+        return {band: value for band, value, there in zip((*BANDS, "all"), values.tolist(), n) if there}
 
-    return {"val_ce": (ce.sum() / n.sum()).item(), "val_pdl": (w_ce.sum() / w.sum()).item(),
-            "accuracy": (right.sum() / n.sum()).item(), "ce_by_band": by_band(ce / n),
-            "accuracy_by_band": by_band(right / n), "share_of_text": by_band(n / n.sum()),
-            "share_of_weight": by_band(w / w.sum())}
+    return {"val_ce": (ce / n)[-1].item(), "val_pdl": (w_ce / w)[-1].item(), "ce_by_band": by_band(ce / n),
+            "accuracy_by_band": by_band(right / n), "share_of_text": by_band(n / n[-1]),
+            "share_of_weight": by_band(w / w[-1])}
 
 
 def sample_text(args, model, tokenizer, corpus):
@@ -320,13 +319,11 @@ def table_of_run(report):
     before, after = report["before"], report["after"]
     lines = ["", "held-out targets   share of  share of       cross-entropy, nats         top-1 accuracy",
              "                       text    weight     before    after    change      before    after"]
-    for band in (*before["ce_by_band"], "all"):
-        text, weight = (before[name].get(band, 1) for name in ("share_of_text", "share_of_weight"))
-        (ce, right), (ce_after, right_after) = (
-            (of["ce_by_band"].get(band, of["val_ce"]), of["accuracy_by_band"].get(band, of["accuracy"]))
-            for of in (before, after))
-        lines.append(f"{band:<18}{text:9.1%}{weight:10.1%}   {ce:8.3f}{ce_after:9.3f}{ce_after - ce:+10.3f}"
-                     f"   {right:9.1%}{right_after:9.1%}")
+    for band, ce in before["ce_by_band"].items():
+        ce_after = after["ce_by_band"][band]
+        lines.append(f"{band:18}{before['share_of_text'][band]:9.1%}{before['share_of_weight'][band]:10.1%}   "
+                     f"{ce:8.3f}{ce_after:9.3f}{ce_after - ce:+10.3f}   "
+                     f"{before['accuracy_by_band'][band]:9.1%}{after['accuracy_by_band'][band]:9.1%}")
     lines.append(f"This is the model of step {after['iter']}, the best by held-out PDL.")
     sample = report["sample"]
     lines += ["", "--- a held-out prompt ---", sample["prompt"], "--- the model goes on ---", sample["model"],
@@ -343,8 +340,8 @@ def table_of_series(reports):
     lines = ["                    held-out cross-entropy, nats          top-1 accuracy",
              "alpha               all  frequent    middle      rare         all      rare"]
     for name, result in rows.items():
-        ce = [result["val_ce"], *(result["ce_by_band"].get(band, math.nan) for band in BANDS)]
-        accuracy = result["accuracy"], result["accuracy_by_band"].get("rare", math.nan)
+        ce = [result["ce_by_band"].get(band, math.nan) for band in ("all", *BANDS)]
+        accuracy = [result["accuracy_by_band"].get(band, math.nan) for band in ("all", "rare")]
         lines.append(f"{name:13}" + "".join(f"{x:10.3f}" for x in ce) + "  "
                      + "".join(f"{x:10.1%}" for x in accuracy))
     return "\n".join(lines)
@@ -355,21 +352,20 @@ def table_of_series(reports):
 NOT_EMPTY = "{} is not an empty folder: --resume its run, or name another --out_dir"
 
 
-def claim(folder, args, corpus):
-    """Create the run's folder with the files that stay the same. It is this run's once it has args.json."""
+def claim(folder, args, alpha, corpus):
+    """Create a run's folder with the files that stay the same. Its first run claims --out_dir for a command."""
     folder.mkdir(parents=True, exist_ok=True)
-    if not (args.resume and (folder / "args.json").exists()):  # a run that was stopped before its first save
+    if alpha == args.alpha[0] and not args.resume:
         try:
-            with open(folder / "args.json", "x", encoding="utf-8") as file:  # only one process can create it
+            with open(Path(args.out_dir, "args.json"), "x", encoding="utf-8") as file:  # one process alone can
                 json.dump(flags_of(args), file, indent=2)
         except FileExistsError:
-            raise ValueError(NOT_EMPTY.format(folder)) from None
+            raise ValueError(NOT_EMPTY.format(args.out_dir)) from None
     (folder / "log.jsonl").unlink(missing_ok=True)
     source = checkpoint_folder(args.init_from)
     for name in TOKENIZER:
         if (source / name).exists():
-            content = (source / name).read_bytes()
-            replace(folder / name, lambda path: path.write_bytes(content))
+            shutil.copyfile(source / name, folder / name)
     count.save_counts(folder / "counts.npy", corpus.freq)
 
 
@@ -378,7 +374,7 @@ def save(folder, model, optimizer, **state):
     if RANK == 0:
         state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
                   "log_bytes": (folder / "log.jsonl").stat().st_size}
-        replace(folder / "resume.pt", lambda path: torch.save(state, path))
+        write_safely(folder / "resume.pt", lambda path: torch.save(state, path))
         if state["best"] is None or state["best"]["iter"] == state["step"]:
             model.save_pretrained(folder)
 
@@ -396,7 +392,7 @@ def resume(folder, args, model, optimizer, digest):
     if RANK == 0:
         os.truncate(folder / "log.jsonl", state["log_bytes"])  # what came after the save is trained again
         (folder / "report.json").unlink(missing_ok=True)
-        write_json(folder / "args.json", flags_of(args))
+        write_json(Path(args.out_dir, "args.json"), flags_of(args))
         save(folder, model, optimizer, step=step, before=before, best=best, digest=digest)
     return step, before, best
 
@@ -461,17 +457,21 @@ def absolute(path):
 
 def parse_args():
     p = make_parser()
-    args, out = p.parse_args(), Path(p.parse_args().out_dir)
+    args = p.parse_args()
+    out = Path(args.out_dir)
     if args.resume:
-        had = flags_of_run(p, out)
+        try:
+            had = json.loads((out / "args.json").read_bytes())
+        except (OSError, ValueError):
+            p.error(f"--resume: {out} has no run, or its args.json is damaged")
         p.set_defaults(**dict.fromkeys(had))  # now a flag is None unless it is given
-        given = vars(p.parse_args())
-        for name in had.keys() - {"max_iters"}:
-            if given[name] not in (None, had[name]):
+        given = {name: value for name, value in vars(p.parse_args()).items() if value is not None}
+        for name in had.keys() & given.keys() - {"max_iters"}:
+            if given[name] != had[name]:
                 p.error(f"--resume: --{name} was {had[name]}, not {given[name]}: name another --out_dir")
-        args = argparse.Namespace(**given | had | {"max_iters": given["max_iters"] or had["max_iters"]})
-    elif not args.out_dir or out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(NOT_EMPTY.format(args.out_dir))
+        args = argparse.Namespace(**had | given)
+    elif out.exists() and any(out.iterdir()):
+        raise ValueError(NOT_EMPTY.format(out))
     if len({f"{alpha:g}" for alpha in args.alpha}) < len(args.alpha):  # folders are named by alpha
         p.error("--alpha has a value twice")
     if args.batch_size * args.gradient_accumulation_steps < WORLD_SIZE:
@@ -479,21 +479,6 @@ def parse_args():
     if WORLD_SIZE > 1 and "-" in (args.data or []):
         p.error("--data -: several processes cannot share standard input")
     return args
-
-
-def flags_of_run(p, out):
-    """The flags in the args.json of a run, or of the run of a series that was started or resumed last."""
-    paths = [out / "args.json"] if (out / "args.json").exists() else out.glob("alpha-*/args.json")
-    path = max(paths, key=os.path.getmtime, default=None)
-    if path is None:
-        p.error(f"--resume: there is no run in {out}")
-    try:
-        had = json.loads(path.read_bytes())
-        if path.parent == out and len(had["alpha"]) > 1:
-            p.error(f"--resume: {out} is one of several runs: --out_dir {out.parent} goes on with all")
-        return had
-    except (ValueError, KeyError, TypeError):
-        p.error(f"--resume: {path} is damaged")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from study import BANDS, RERUN, RISING, TASKS, TEMPERATURES, name_of, replace
+from study import BANDS, RERUN, RISING, TASKS, TEMPERATURES, name_of, write_safely
 
 FOLDER = Path(__file__).parent
 LLM = FOLDER / "llm.json"  # which llm.py writes; llm_findings.py has its tables
@@ -516,7 +516,7 @@ def figure(results):
     axes[1, 0].set_ylabel("quality: BLEU-4")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, ncols=8, loc="lower center")
     figure.tight_layout(rect=(0, 0.04, 1, 1))
-    replace(FOLDER / "study.svg", lambda path: figure.savefig(path, format="svg", metadata={"Date": None}))
+    write_safely(FOLDER / "study.svg", lambda path: figure.savefig(path, format="svg", metadata={"Date": None}))
 
 
 def figure_of_alpha(results):
@@ -537,7 +537,7 @@ def figure_of_alpha(results):
     ax.set_ylabel("change in cross-entropy, nats\n(lower is better)")
     ax.set_xlim(-0.05, 0.75)
     figure.tight_layout()
-    replace(FOLDER / "alpha.svg", lambda path: figure.savefig(path, format="svg", metadata={"Date": None}))
+    write_safely(FOLDER / "alpha.svg", lambda path: figure.savefig(path, format="svg", metadata={"Date": None}))
 
 
 if __name__ == "__main__":
@@ -551,4 +551,4 @@ if __name__ == "__main__":
         figure_of_alpha(record)
     else:
         page = results_page(record, rerun, llm)
-        replace(FOLDER / "results.md", lambda path: path.write_text(page, encoding="utf-8"))
+        write_safely(FOLDER / "results.md", lambda path: path.write_text(page, encoding="utf-8"))

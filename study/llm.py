@@ -38,7 +38,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import study
 from count import load_corpus
-from model import draw, line_of, pick_device, pick_dtype, replace
+from model import draw, line_of, pick_device, pick_dtype, write_safely
 from pdl import linear_pdl_loss, pdl_weights
 from sample import shift
 from study import LENGTH, RISING, SEEDS, name_of
@@ -229,7 +229,7 @@ def save(results):
     """Write the results, an entry on each line."""
     lines = [f" {json.dumps(name)}: {json.dumps(study.rounded(results[name]))}" for name in sorted(results)]
     text = "{\n" + ",\n".join(lines) + "\n}\n"
-    replace(RESULTS, lambda path: path.write_text(text, encoding="utf-8"))
+    write_safely(RESULTS, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def main():

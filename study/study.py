@@ -36,7 +36,7 @@ import torch.nn.functional as F
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from count import BANDS, load_corpus, load_tokenizer
-from model import GPT, replace
+from model import GPT, write_safely
 from sample import shift
 
 RERUN = Path(__file__).with_name("rerun.json")
@@ -118,10 +118,10 @@ def load(file):
 def openings(corpus):
     """Held-out prompts, each with what its author wrote after it: lists of tokens."""
     T = corpus.block_size
-    if corpus.held_out_loss[0, 0]:  # text: a row starts with loss, where pairs start with a prompt
+    if corpus.held_out_carries_loss[0, 0]:  # text: a row starts with loss, where pairs start with a prompt
         return [(row[: T // 8], row[T // 8 :]) for row in corpus.held_out.tolist()]
     first = {}  # some prompts have several completions: take the first
-    for tokens, carries_loss in zip(corpus.held_out.tolist(), corpus.held_out_loss.view(np.int8)):
+    for tokens, carries_loss in zip(corpus.held_out.tolist(), corpus.held_out_carries_loss.view(np.int8)):
         # Where a prompt starts, its completion starts, the next prompt starts, and so on.
         starts = np.flatnonzero(np.diff(carries_loss, prepend=1, append=0)).tolist()
         for prompt, completion, end in zip(starts[::2], starts[1::2], starts[2::2]):
@@ -317,7 +317,7 @@ def save(results):
     """Write the results, an entry on each line."""
     lines = [f" {json.dumps(name)}: {json.dumps(rounded(results[name]))}" for name in sorted(results)]
     text = "{\n" + ",\n".join(lines) + "\n}\n"
-    replace(RERUN, lambda path: path.write_text(text, encoding="utf-8"))
+    write_safely(RERUN, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def measure(jobs, folder, out):

@@ -77,7 +77,7 @@ def test_the_same_training_however_it_is_split(train, start, small, text, log, r
             found, expected = ([e[key] for e in entries if key in e] for entries in (parts, whole))
             assert found == pytest.approx(expected, rel=2e-5), (name, key)
         before, expected = (report(text / folder)["before"] for folder in (name, "whole"))
-        for key in "accuracy", "ce_by_band", "share_of_text", "share_of_weight":
+        for key in "accuracy_by_band", "ce_by_band", "share_of_text", "share_of_weight":
             assert before[key] == pytest.approx(expected[key], rel=1e-5), (name, key)
         for found, expected in zip(moments(name), moments("whole"), strict=True):
             assert (found - expected).norm() < 0.01 * expected.norm()
@@ -173,7 +173,7 @@ def test_a_series_is_its_single_runs_and_a_table(train, text, losses, report):
         assert losses(text / f"out/alpha-{alpha}") == losses(text / f"single-{alpha}")
         after = report(text / f"single-{alpha}")["after"]
         assert report(text / f"out/alpha-{alpha}")["after"] == after
-        shown = after["val_ce"], *after["ce_by_band"].values()
+        shown = [after["ce_by_band"][band] for band in ("all", *count.BANDS)]
         assert f"\n{alpha:13}" + "".join(f"{x:10.3f}" for x in shown) in out
     assert "\nbefore " in out and "\n0, shift 0.5 " in out
     assert losses(text / "out/alpha-0") != losses(text / "out/alpha-0.5")
