@@ -362,12 +362,6 @@ def count_tokens(paths, tokenizer):
     return counts
 
 
-def save_counts(path, counts):
-    file = io.BytesIO()
-    np.save(file, counts)
-    write_safely(path, lambda part: part.write_bytes(file.getvalue()))
-
-
 def load_counts(files, n_vocab):
     """The sum of the counts in .npy files, each scaled if written as "general.npy:0.1": (n_vocab,).
 
@@ -457,7 +451,9 @@ def main():
     if not args.out.endswith(".npy"):
         parser.error(f"--out {args.out} must end in .npy")
     counts = count_tokens(args.text, load_tokenizer(args.tokenizer))
-    save_counts(Path(args.out), counts)
+    array = io.BytesIO()
+    np.save(array, counts)
+    write_safely(Path(args.out), lambda path: path.write_bytes(array.getvalue()))
     total, seen, top = counts.sum(), np.count_nonzero(counts), np.sort(counts)[-100:].sum()
     print(f"{total:,} tokens, {seen:,} distinct; the 100 most frequent are {top / total:.1%} of the text\n"
           f"{len(counts) - seen:,} of the {len(counts):,} in the vocabulary never occur\nwrote {args.out}")

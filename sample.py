@@ -23,7 +23,7 @@ def shift(counts, x):
     return -x * torch.from_numpy(np.maximum(counts, 1)).log().float()
 
 
-def write(model, tokenizer, prompt, length, logit_bias=None, n=1, seed=0, **how):
+def complete(model, tokenizer, prompt, length, logit_bias=None, n=1, seed=0, **how):
     """Continue a prompt n times, by at most length tokens. Returns n lists of tokens, cut at an end of text.
 
     prompt: list of tokens. logit_bias: (n_vocab,). how: temperature, top_k and top_p of GPT.generate.
@@ -64,7 +64,7 @@ def main():
     model.to(device, pick_dtype(args.dtype, device, sampling=True))
     tokens = encode(args.prompt, tokenizer).tolist() or [tokenizer.eot_token]
     how = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p")}
-    samples = write(model, tokenizer, tokens, args.max_new_tokens, bias, args.num_samples, args.seed, **how)
+    samples = complete(model, tokenizer, tokens, args.max_new_tokens, bias, args.num_samples, args.seed, **how)
     for sample in samples:
         print(args.prompt + tokenizer.decode(sample) + "\n" + "-" * 80)
 

@@ -29,7 +29,7 @@ from count import BANDS, at_least
 from model import GPT, TOKENIZER, checkpoint_folder, load_state, pick_device, pick_dtype, read_weights
 from model import write_safely, write_json
 from pdl import linear_pdl_loss, pdl_weights, token_weights
-from sample import shift, write
+from sample import complete, shift
 
 TINY = Path(__file__).parent / "tiny"  # a small pretrained model, so that all of this runs offline
 # torchrun starts several processes. They share the work, and rank 0 alone prints and writes files.
@@ -266,7 +266,7 @@ def sample_text(args, model, tokenizer, corpus):
     prompt, author = corpus.example
     length = min(100, model.config.n_positions - len(prompt))
     with autocast(args, model.lm_head.device):
-        (written,) = write(model, tokenizer, prompt, length, seed=args.seed, temperature=0.7)
+        (written,) = complete(model, tokenizer, prompt, length, seed=args.seed, temperature=0.7)
     texts = {"prompt": prompt, "model": written, "author": author[:length]}
     return {name: tokenizer.decode(tokens) for name, tokens in texts.items()}
 
@@ -366,7 +366,7 @@ def claim(folder, args, alpha, corpus):
     for name in TOKENIZER:
         if (source / name).exists():
             shutil.copyfile(source / name, folder / name)
-    count.save_counts(folder / "counts.npy", corpus.freq)
+    np.save(folder / "counts.npy", corpus.freq)
 
 
 def save(folder, model, optimizer, **state):
