@@ -23,7 +23,7 @@ def shift(counts, x):
     return -x * torch.from_numpy(np.maximum(counts, 1)).log().float()
 
 
-def complete(model, tokenizer, prompt, length, logit_bias=None, n=1, seed=0, **how):
+def continue_prompt(model, tokenizer, prompt, length, n=1, logit_bias=None, **how):
     """Continue a prompt n times, by at most length tokens. Returns n lists of tokens, cut at an end of text.
 
     prompt: list of tokens. logit_bias: (n_vocab,). how: temperature, top_k and top_p of GPT.generate.
@@ -31,7 +31,6 @@ def complete(model, tokenizer, prompt, length, logit_bias=None, n=1, seed=0, **h
     V, device = model.config.vocab_size, model.lm_head.device
     bias = torch.full((V,), -torch.inf)  # never sample rows of a padded vocabulary
     bias[: tokenizer.n_vocab] = 0 if logit_bias is None else logit_bias
-    torch.manual_seed(seed)
     idx = torch.tensor([prompt] * n, device=device)  # (n, T)
     rows = model.generate(idx, length, logit_bias=bias.to(device), **how)[:, len(prompt) :].tolist()
     eot = tokenizer.eot_token
@@ -63,9 +62,9 @@ def main():
     model = GPT.from_pretrained(args.init_from)
     model.to(device, pick_dtype(args.dtype, device, sampling=True))
     tokens = encode(args.prompt, tokenizer).tolist() or [tokenizer.eot_token]
-    how = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p")}
-    samples = complete(model, tokenizer, tokens, args.max_new_tokens, bias, args.num_samples, args.seed, **how)
-    for sample in samples:
+    torch.manual_seed(args.seed)
+    how = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    for sample in continue_prompt(model, tokenizer, tokens, args.max_new_tokens, args.num_samples, bias, **how):
         print(args.prompt + tokenizer.decode(sample) + "\n" + "-" * 80)
 
 

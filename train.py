@@ -29,7 +29,7 @@ from count import BANDS, at_least
 from model import GPT, TOKENIZER, checkpoint_folder, load_state, pick_device, pick_dtype, read_weights
 from model import write_safely, write_json
 from pdl import linear_pdl_loss, pdl_weights, token_weights
-from sample import complete, shift
+from sample import continue_prompt, shift
 
 TINY = Path(__file__).parent / "tiny"  # a small pretrained model, so that all of this runs offline
 # torchrun starts several processes. They share the work, and rank 0 alone prints and writes files.
@@ -265,8 +265,9 @@ def sample_text(args, model, tokenizer, corpus):
     """A held-out prompt, what the model writes after it, and what the author wrote."""
     prompt, author = corpus.example
     length = min(100, model.config.n_positions - len(prompt))
+    torch.manual_seed(args.seed)
     with autocast(args, model.lm_head.device):
-        (written,) = complete(model, tokenizer, prompt, length, seed=args.seed, temperature=0.7)
+        (written,) = continue_prompt(model, tokenizer, prompt, length, temperature=0.7)
     texts = {"prompt": prompt, "model": written, "author": author[:length]}
     return {name: tokenizer.decode(tokens) for name, tokens in texts.items()}
 
@@ -320,10 +321,11 @@ def table_of_run(report):
     lines = ["", "held-out targets   share of  share of       cross-entropy, nats         top-1 accuracy",
              "                       text    weight     before    after    change      before    after"]
     for band, ce in before["ce_by_band"].items():
+        text, weight = before["share_of_text"][band], before["share_of_weight"][band]
         ce_after = after["ce_by_band"][band]
-        lines.append(f"{band:18}{before['share_of_text'][band]:9.1%}{before['share_of_weight'][band]:10.1%}   "
-                     f"{ce:8.3f}{ce_after:9.3f}{ce_after - ce:+10.3f}   "
-                     f"{before['accuracy_by_band'][band]:9.1%}{after['accuracy_by_band'][band]:9.1%}")
+        right, right_after = before["accuracy_by_band"][band], after["accuracy_by_band"][band]
+        lines.append(f"{band:18}{text:9.1%}{weight:10.1%}   {ce:8.3f}{ce_after:9.3f}{ce_after - ce:+10.3f}"
+                     f"   {right:9.1%}{right_after:9.1%}")
     lines.append(f"This is the model of step {after['iter']}, the best by held-out PDL.")
     sample = report["sample"]
     lines += ["", "--- a held-out prompt ---", sample["prompt"], "--- the model goes on ---", sample["model"],
@@ -353,11 +355,11 @@ NOT_EMPTY = "{} is not an empty folder: --resume its run, or name another --out_
 
 
 def claim(folder, args, alpha, corpus):
-    """Create a run's folder with the files that stay the same. Its first run claims --out_dir for a command."""
+    """Create the folder of a run with the files that stay the same. The first run claims --out_dir for all."""
     folder.mkdir(parents=True, exist_ok=True)
     if alpha == args.alpha[0] and not args.resume:
-        try:
-            with open(Path(args.out_dir, "args.json"), "x", encoding="utf-8") as file:  # one process alone can
+        try:  # only one process can create a file
+            with open(Path(args.out_dir, "args.json"), "x", encoding="utf-8") as file:
                 json.dump(flags_of(args), file, indent=2)
         except FileExistsError:
             raise ValueError(NOT_EMPTY.format(args.out_dir)) from None
