@@ -180,7 +180,7 @@ class _ChunkedLoss(torch.autograd.Function):
 if __name__ == "__main__":
     # Words follow a power law themselves (Zipf's law): the r-th occurs 1/r as often as the first.
     counts = (1_000_000 / torch.arange(1, 50_001)).long()
-    print("        weight w(t) of a token counted          share of the loss at equal cross-entropy")
+    print("        weight w(t) of a token counted          share of all weight in the text")
     print("alpha   1,000,000 x    10,000 x     100 x       top 100 tokens   next 9,900   other 40,000")
     for alpha in 0, 0.25, 0.5, 0.75, 1, 1.5:
         weights = pdl_weights(counts, alpha)

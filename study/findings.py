@@ -26,6 +26,7 @@ LLM = FOLDER / "llm.json"  # which llm.py writes; llm_findings.py has its tables
 FIFTH = {"dialogue": ("dialogue", 200)}  # a task of the record alone
 T95 = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764}  # Student's t by degrees of freedom, for 95% intervals
 
+SHIFTED = "plain, shift 0.25"
 # The methods of the record, in the order of its tables.
 BASELINES = "focal, gamma 2", "label smoothing 0.1", "class-balanced, beta 0.9"
 VARIANTS = (
@@ -42,7 +43,7 @@ METHODS = (
     *("focal, gamma 1", *BASELINES, "class-balanced, beta 0.99"),
     *VARIANTS,
     "PDL 0.25, counts mixed",
-    *("plain, shift 0.25", "plain, shift 0.5"),
+    *(SHIFTED, "plain, shift 0.5"),
     *("PDL 0.25, shift -0.25", "PDL 0.5, shift -0.25", "PDL 0.5, shift -0.5", "PDL 1, shift -1"),
 )
 
@@ -146,10 +147,10 @@ def table(header, rows):
 HEADLINE = (  # method, what it is compared with
     ("PDL 0.25", "plain"),
     (RISING, "plain"),
-    ("plain, shift 0.25", "plain"),
+    (SHIFTED, "plain"),
     (RISING, "PDL 0.25"),
-    ("PDL 0.25", "plain, shift 0.25"),
-    (RISING, "plain, shift 0.25"),
+    ("PDL 0.25", SHIFTED),
+    (RISING, SHIFTED),
 )
 IN = (  # measure, its name, digits
     (nats("all"), "nats of all tokens", ".2f"),
@@ -187,9 +188,9 @@ CLAIMS = (
      at_equal_diversity("bleu"), "BLEU-4"),
     ("... and more specific and informative", "abstract", "PDL 0.25", "plain",
      at_equal_diversity("rare_f1"), "F1 of rare tokens"),
-    ("... than by shifting the plain model's logits", "", "PDL 0.25", "plain, shift 0.25",
+    ("... than by shifting the plain model's logits", "", "PDL 0.25", SHIFTED,
      at_equal_diversity("rare_f1"), "F1 of rare tokens"),
-    ("...", "", "PDL 0.25", "plain, shift 0.25", at_equal_diversity("bleu"), "BLEU-4"),
+    ("...", "", "PDL 0.25", SHIFTED, at_equal_diversity("bleu"), "BLEU-4"),
     ("too large an alpha costs fluency", "4.2", "plain", "PDL 0.5",
      at_equal_diversity("bleu"), "BLEU-4 lost at alpha 0.5"),
     (EPSILON, "4.2", "PDL 0.5, eps 1", "PDL 0.5",
@@ -206,9 +207,9 @@ CLAIMS = (
     ("... and writes better", "", RISING, "PDL 0.25", at_equal_diversity("bleu"), "BLEU-4, the same"),
     ("... than plain finetuning", "", RISING, "plain", at_equal_diversity("bleu"), "BLEU-4"),
     ("...", "", RISING, "plain", at_equal_diversity("rare_f1"), "F1 of rare tokens"),
-    ("... than shifting the plain model's logits", "", RISING, "plain, shift 0.25",
+    ("... than shifting the plain model's logits", "", RISING, SHIFTED,
      at_equal_diversity("bleu"), "BLEU-4"),
-    ("...", "", RISING, "plain, shift 0.25", at_equal_diversity("rare_f1"), "F1 of rare tokens"),
+    ("...", "", RISING, SHIFTED, at_equal_diversity("rare_f1"), "F1 of rare tokens"),
     ("a falling alpha helps", "5", "PDL 0.5, alpha falling", "PDL 0.25",
      at_equal_diversity("rare_f1"), "F1 of rare tokens, 0.5 to 0 against 0.25"),
 )
@@ -224,15 +225,20 @@ def verdict(of_task, on_average, claim):
     return {1: "yes", 0: "not shown", -1: "no, the opposite"}[on_average.sign()]
 
 
-def table_for_readme(rerun, llm):
-    """What each method changes against plain finetuning, on average over the tasks of each model."""
-    measures = nats("rare"), nats("all"), at_equal_diversity("rare_f1"), at_equal_diversity("bleu")
-    methods = {"PDL 0.25, rising": RISING, "PDL 0.25": "PDL 0.25", "shift 0.25": "plain, shift 0.25"}
-    rows = [[f"{model}: {name}", *(f"{compare(results, tasks, method, of):{digits}}" for of, digits in
-                                   zip(measures, (".2f", ".2f", ".3f", ".3f")))]
-            for model, results, tasks in (("135M", llm, ("style", "webnlg")), ("4M", rerun, TASKS))
-            for name, method in methods.items() if model == "135M" or method != "PDL 0.25"]
-    return table(["against plain finetuning", "rare tokens, nats", "all tokens, nats", "F1 of rare tokens",
+def table_in_short(rerun, llm):
+    """The five comparisons that matter most, on average over the tasks of a model. The README has it, too."""
+    large, small = ("135M", llm, ("style", "webnlg")), ("4M", rerun, TASKS)
+    rows = []
+    for (model, results, tasks), method, base in (
+            (large, RISING, "plain"), (large, SHIFTED, "plain"), (large, RISING, SHIFTED),
+            (small, RISING, "plain"), (small, RISING, SHIFTED)):
+        differences = [compare(results, tasks, method, measure, base) for measure, _, _ in IN]
+        shown = [f"{one:{digits}}" for one, (_, _, digits) in zip(differences, IN)]
+        at_equal_cost = compare(results, tasks, method, rare_nats_at_equal_cost)
+        shown.insert(2, f"{at_equal_cost:.2f}" if (method, base) == (RISING, "plain") else "")
+        names = {"plain": "plain", SHIFTED: "shift 0.25", RISING: "rising PDL"}
+        rows.append([f"{model}: {names[method]} against {names[base]}", *shown])
+    return table(["", "all tokens, nats", "rare tokens, nats", "rare, at equal cost", "F1 of rare tokens",
                   "BLEU-4"], rows)
 
 
@@ -257,7 +263,7 @@ def table_of_claims(results, by_task=False):
 F1_MARGIN = 0.005  # seeds differ by about as much
 WAYS = {  # from the simplest
     "plain": "0",
-    "plain, shift 0.25": "shift 0.25",
+    SHIFTED: "shift 0.25",
     "plain, shift 0.5": "shift 0.5",
     "PDL 0.25": "0.25",
     "PDL 0.5": "0.5",
@@ -280,7 +286,7 @@ def table_of_rule(results):
     for task in filter(functools.partial(taken, results), tasks_of(results)):
         f1 = (mean(results, task, method, lambda run: run["top-1"]["rare_f1"]) for method in WAYS)
         turned_out = (compare(results, task, method, at_equal_diversity(name))
-                      for method in ("plain, shift 0.25", "PDL 0.25") for name in ("rare_f1", "bleu"))
+                      for method in (SHIFTED, "PDL 0.25") for name in ("rare_f1", "bleu"))
         rows.append([task, *(f"{x:.3f}" for x in f1), ", ".join(taken(results, task)),
                      *(f"{difference:.3f}" for difference in turned_out)])
     turned_out = "shift 0.25: F1", "BLEU-4", "0.25: F1", "BLEU-4"
@@ -393,6 +399,8 @@ def results_page(record, rerun, llm):
     if llm:
         from llm_findings import section  # which imports this file
 
+        if rerun:
+            page += SHORT + table_in_short(rerun, llm)
         page += section(llm)
     if rerun:
         n_entries = sum(", seed " in name for name in rerun)
@@ -409,8 +417,8 @@ def results_page(record, rerun, llm):
 
 HEAD = """# What was measured
 
-`python study/findings.py` writes this page from [study.json](study.json), and from `rerun.json` if that
-exists. [README.md](README.md) says how to run the study again.
+`python study/findings.py` writes this page from [llm.json](llm.json), [rerun.json](rerun.json) and
+[study.json](study.json). [README.md](README.md) says how to run the study again.
 
 **Which code.** Everything from "The paper's claims" on is the record of commit
 505ee34b725a660fc9caa2b60e3bd5f2770e7a3b, with the code and the defaults of that commit. Its default `eps` was
@@ -435,6 +443,13 @@ the seeds that both methods have, with its 95% interval (Student's t).
 - *Shift x*: -x * log(freq(t)) is added to the logits when sampling.
 - *Best tau*: tau * log(freq(t)), added to the logits, gives the least held-out cross-entropy. Ten values from
   -0.5 to 1.25 were tried. If the seeds differ, there is one for each.
+
+"""
+SHORT = """## In short
+
+SmolLM2-135M-Instruct (135M; two tasks, three seeds) and tiny/ (4M; four tasks, five seeds), on average over
+the tasks. Positive is better. *Rising PDL*: alpha rises from 0 to 0.25. *At equal cost*: the logits of the
+plain model are shifted until its cross-entropy of all tokens is as high.
 
 """
 TODAY = """## With today's code and defaults
@@ -482,7 +497,7 @@ CURVES = {
     "plain": {"color": "black", "linewidth": 2.2},
     "PDL 0.25": {"color": "tab:red", "linewidth": 2.2},
     "PDL 0.5": {"color": "tab:orange", "linewidth": 1.2},
-    "plain, shift 0.25": {"color": "black", "linestyle": "--", "linewidth": 1.2},
+    SHIFTED: {"color": "black", "linestyle": "--", "linewidth": 1.2},
     RISING: {"color": "tab:red", "linestyle": "--", "linewidth": 1.2},
     "focal, gamma 2": {"color": "tab:blue", "linewidth": 0.8},
     "label smoothing 0.1": {"color": "tab:green", "linewidth": 0.8},
@@ -490,7 +505,7 @@ CURVES = {
 }
 
 
-def figure(results):
+def figure_of_writing(results):
     """study/study.svg: quality over diversity, a curve through the temperatures for each method.
 
     The number above each panel is how far the curve of PDL 0.25 is above that of the plain model.
@@ -516,7 +531,7 @@ def figure(results):
     axes[1, 0].set_ylabel("quality: BLEU-4")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, ncols=8, loc="lower center")
     figure.tight_layout(rect=(0, 0.04, 1, 1))
-    write_safely(FOLDER / "study.svg", lambda path: figure.savefig(path, format="svg", metadata={"Date": None}))
+    return figure
 
 
 def figure_of_alpha(results):
@@ -527,9 +542,9 @@ def figure_of_alpha(results):
                          "axes.spines.top": False, "axes.spines.right": False})
     figure, ax = plt.subplots(figsize=(7, 3.6))
     for band, color in ("frequent", "tab:blue"), ("middle", "tab:gray"), ("rare", "tab:red"):
-        gains = [0.0] + [-compare(results, TASKS, method, nats(band)).mean for method in ("PDL 0.25", "PDL 0.5")]
-        ax.plot([0, 0.25, 0.5], gains, marker="o", color=color, linewidth=2.5)
-        ax.annotate(f"{band} tokens {gains[-1]:+.2f}", (0.5, gains[-1]), (8, -4), color=color,
+        gains = [compare(results, TASKS, method, nats(band)).mean for method in ("PDL 0.25", "PDL 0.5")]
+        ax.plot([0, 0.25, 0.5], [0, -gains[0], -gains[1]], marker="o", color=color, linewidth=2.5)
+        ax.annotate(f"{band} tokens {-gains[1]:+.2f}", (0.5, -gains[1]), (8, -4), color=color,
                     textcoords="offset points")
     ax.axhline(0, color="black", linewidth=0.6)
     ax.set_xticks([0, 0.25, 0.5], ["0\nplain cross-entropy", "0.25", "0.5"])
@@ -537,7 +552,7 @@ def figure_of_alpha(results):
     ax.set_ylabel("change in cross-entropy, nats\n(lower is better)")
     ax.set_xlim(-0.05, 0.75)
     figure.tight_layout()
-    write_safely(FOLDER / "alpha.svg", lambda path: figure.savefig(path, format="svg", metadata={"Date": None}))
+    return figure
 
 
 if __name__ == "__main__":
@@ -547,8 +562,9 @@ if __name__ == "__main__":
     record = json.loads((FOLDER / "study.json").read_bytes())
     rerun, llm = (json.loads(path.read_bytes()) if path.exists() else {} for path in (RERUN, LLM))
     if args.figure:
-        figure(record)
-        figure_of_alpha(record)
+        for name, draw in ("study.svg", figure_of_writing), ("alpha.svg", figure_of_alpha):
+            drawn = draw(record)
+            write_safely(FOLDER / name, lambda p: drawn.savefig(p, format="svg", metadata={"Date": None}))
     else:
         page = results_page(record, rerun, llm)
         write_safely(FOLDER / "results.md", lambda path: path.write_text(page, encoding="utf-8"))

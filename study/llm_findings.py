@@ -6,11 +6,10 @@ It makes do with the runs that there are. Differences, intervals and tables are 
 
 import itertools
 
-from findings import MEASURES, at_equal_diversity, at_temperature, compare, mean, nats
+from findings import MEASURES, SHIFTED, at_equal_diversity, at_temperature, compare, mean, nats
 from findings import rare_nats_at_equal_cost, runs_of, table
 from study import BANDS, RISING, TASKS
 
-SHIFTED = "plain, shift 0.25"
 METHODS = "plain", SHIFTED, "PDL 0.25", RISING, "PDL 0.5", "DFT"  # in the order of the tables
 TEMPERATURES = "0", "0.3", "0.5", "0.7", "1"
 PAIRS = (  # a method, and what it is compared with
