@@ -4,7 +4,7 @@ Count how often each token occurs in text: the freq(t) of Power-Law Decay Loss.
     python count.py TEXT [TEXT ...] [-o counts.npy] [--tokenizer gpt2|FOLDER]
 
 This file is all that happens to text before a model sees it: the tokenizer, reading, the sequences to train
-on and to evaluate on, counts. It also has what the scripts share on the command line. It trains no tokenizer.
+on and to evaluate on, counts. At its end is what the scripts share on the command line.
 """
 
 import argparse
@@ -51,11 +51,10 @@ def load_tokenizer(name_or_folder):
         byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
         merged = [left + right for left, right in merges]
         ranks = {bytes(byte_of[c] for c in token): vocab[token] for token in (*byte_of, *merged)}
-        if any(vocab[a] > vocab[b] for a, b in zip(merged, merged[1:])):
+        if merged != sorted(merged, key=vocab.get):
             raise ValueError("its ids are not in the order of its merges")  # tiktoken merges by id
-        ids = sorted((vocab | added).values())
         used = {*ranks.values(), *added.values()}
-        if END_OF_TEXT not in added or ids != [*range(len(ids))] or used != {*ids}:
+        if END_OF_TEXT not in added or used != {*range(len(vocab | added))}:
             raise ValueError(f"it lacks {END_OF_TEXT}, or has ids or tokens that are never used")
         return tiktoken.Encoding(str(folder), pat_str=r50k_pat_str, mergeable_ranks=ranks,
                                  special_tokens=added)
@@ -69,33 +68,33 @@ def _read_tokenizer(folder):
     def read_json(name):
         return json.loads((folder / name).read_bytes()) if (folder / name).exists() else {}
 
-    settings, whole = read_json("tokenizer_config.json"), read_json("tokenizer.json")
+    settings, content = read_json("tokenizer_config.json"), read_json("tokenizer.json")
     adds_space = settings.get("add_prefix_space", False)
-    if whole:
-        model, splitter = whole["model"], whole["pre_tokenizer"] or {}
-        vocab, tokens = model["vocab"], whole["added_tokens"]
-        merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    if content:
+        bpe, splitter = content["model"], content["pre_tokenizer"] or {}
+        vocab, entries = bpe["vocab"], content["added_tokens"]
+        merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in bpe["merges"]]
         adds_space = adds_space or splitter.get("add_prefix_space", True)
-        if (whole.get("normalizer") or model.get("type", "BPE") != "BPE"
+        if (content.get("normalizer") or bpe.get("type", "BPE") != "BPE"
                 or splitter.get("type") != "ByteLevel" or not splitter.get("use_regex", True)):
             raise ValueError("its model, normalizer or pre_tokenizer is not GPT-2's")
     else:
         vocab = json.loads((folder / "vocab.json").read_bytes())
         lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
         merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-        tokens = [{"content": token, "id": i} for token, i in read_json("added_tokens.json").items()]
-        tokens += [{"id": int(i)} | token for i, token in settings.get("added_tokens_decoder", {}).items()]
+        entries = [{"content": token, "id": i} for token, i in read_json("added_tokens.json").items()]
+        entries += [{"id": int(i)} | entry for i, entry in settings.get("added_tokens_decoder", {}).items()]
     if adds_space:
         raise ValueError("it puts a space before each text (add_prefix_space)")
-    if any(token.get(flag) for token in tokens for flag in ("lstrip", "rstrip", "single_word")):
+    if any(entry.get(flag) for entry in entries for flag in ("lstrip", "rstrip", "single_word")):
         raise ValueError("it has added tokens with lstrip, rstrip or single_word")
-    return vocab, merges, {token["content"]: token["id"] for token in tokens}
+    return vocab, merges, {entry["content"]: entry["id"] for entry in entries}
 
 
 def encode(text, tokenizer):
     """The tokens of a string: (N,) uint32. An added token stands for itself wherever it is written."""
     added = sorted(tokenizer.special_tokens_set, key=len, reverse=True)  # the longest first, as Hugging Face
-    parts = re.split(f"({'|'.join(map(re.escape, added))})", text)  # every second part is an added token
+    parts = re.split(f"({'|'.join(map(re.escape, added))})", text)  # every second one is an added token
     try:
         return np.concatenate([
             np.array([tokenizer._special_tokens[part]], np.uint32) if i % 2
@@ -114,7 +113,7 @@ def encode_stream(texts, tokenizer):
             yield from pool.map(lambda piece: encode(piece, tokenizer), some)
 
 
-# In GPT-2's tokenizer, a space or line end between two other characters always starts a new token.
+# GPT-2's tokenizer starts a token at any single space or line end between two words: cut at the last one.
 LAST_CUT = re.compile(r"(?s).*\S(?=[ \n]\S)")
 
 
@@ -138,28 +137,28 @@ OTHER_FORMATS = re.compile(r"\.(json|csv|tsv|parquet|arrow)(\.gz)?$", re.IGNOREC
 FORMAT = '{"prompt": "...", "completion": "..."} or {"text": "..."} on each line'
 
 
-def read(paths):
+def read_files(paths):
     """Read text or pairs. Returns (is_pairs, items). Items are strings of text, or (prompt, completion).
 
     paths: UTF-8 text or JSON Lines, gzipped or not; "-" is standard input. There is an end of text between
     two files and after each JSON document. Raises OSError or ValueError if something cannot be read.
     """
-    items = _read(paths)
+    items = _items_of_files(paths)
     first = next(items)
     return isinstance(first, tuple), itertools.chain([first], items)
 
 
-def _read(paths):
-    last = None  # the item before
+def _items_of_files(paths):
+    previous = None  # the item before
     for path in paths:
-        if isinstance(last, str) and not last.endswith(END_OF_TEXT):
-            yield (last := END_OF_TEXT)
+        if isinstance(previous, str) and not previous.endswith(END_OF_TEXT):
+            yield (previous := END_OF_TEXT)
         empty = True
         try:
-            for item in _read_file(path):
-                if last and type(item) is not type(last):
+            for item in _items_of_file(path):
+                if previous is not None and type(item) is not type(previous):
                     raise ValueError(f"{path}: give either pairs or text, not both")
-                last = item
+                previous = item
                 empty = empty and isinstance(item, str) and not item.removesuffix(END_OF_TEXT).strip()
                 yield item
         except UnicodeDecodeError:
@@ -170,7 +169,7 @@ def _read(paths):
             raise ValueError(f"{path} has no text in it")
 
 
-def _read_file(path):
+def _items_of_file(path):
     if OTHER_FORMATS.search(str(path)):
         raise ValueError(f"{path}: convert it to .jsonl, with {FORMAT}")
     file = sys.stdin.buffer if path == "-" else open(path, "rb")
@@ -179,7 +178,7 @@ def _read_file(path):
     is_json = JSON_LINES.search(Path(path).name) or BEGINS_LIKE_JSON.match(file.peek(1000))
     with io.TextIOWrapper(file, encoding="utf-8-sig", newline="\n") as text:
         if is_json:
-            yield from (_parse(path, i, line) for i, line in enumerate(text, 1) if line.strip())
+            yield from (_item_of_line(path, i, line) for i, line in enumerate(text, 1) if line.strip())
         else:
             while piece := text.read(PIECE):
                 if "\0" in piece:
@@ -187,23 +186,17 @@ def _read_file(path):
                 yield piece
 
 
-def _parse(path, number, line):
-    """A line of JSON Lines: (prompt, completion), or a document. It ends with exactly one end of text."""
+def _item_of_line(path, number, line):
+    """A line of JSON Lines: (prompt, completion), or a document. It ends with an end of text."""
     try:
         entry = json.loads(line)
-        values = [entry["prompt"], entry["completion"]] if "prompt" in entry else [entry["text"]]
-        "".join(values).encode()  # fails unless all are strings of Unicode
+        is_pair = "prompt" in entry
+        prompt, text = (entry["prompt"], entry["completion"]) if is_pair else ("", entry["text"])
+        "".join((prompt, text)).encode()  # fails unless both are strings of Unicode
     except (ValueError, TypeError, KeyError, RecursionError):
         raise ValueError(f"{path} line {number} is {line.strip()[:60]!r}, but must be {FORMAT}") from None
-    *prompt, last = values
-    last = last.removesuffix(END_OF_TEXT) + END_OF_TEXT
-    return (*prompt, last) if prompt else last
-
-
-def encode_pairs(pairs, tokenizer):
-    """Yields prompts and completions as tokens. An end of text stands for an empty prompt."""
-    for prompt, completion in pairs:
-        yield encode(prompt or END_OF_TEXT, tokenizer), encode(completion, tokenizer)
+    text = text.removesuffix(END_OF_TEXT) + END_OF_TEXT
+    return (prompt, text) if is_pair else text
 
 
 # --- what to train on, and what to evaluate on ---
@@ -218,7 +211,7 @@ class Corpus:
     tokens: np.ndarray  # (N,), the training part
     carries_loss: np.ndarray  # (N,) bool: all of a text, only the completions of pairs
     starts: range | np.ndarray  # where a training sequence may start
-    held_out: np.ndarray  # (W, T + 1), rows in which each held-out target is once
+    held_out: np.ndarray  # (W, T + 1), rows that have each held-out target once
     held_out_carries_loss: np.ndarray  # (W, T + 1) bool
     example: tuple  # the tokens of a held-out prompt, and of what its author wrote after it
     freq: np.ndarray = None  # (V,), freq(t) of Eq. 3: how often each token carries loss in the training part
@@ -240,7 +233,7 @@ class Corpus:
 
     @cached_property
     def digest(self):
-        """A SHA-256 that is the same only for the same data and counts."""
+        """The SHA-256 of the data and the counts."""
         sha256 = hashlib.sha256()
         for part in self.tokens, self.carries_loss, self.held_out, self.held_out_carries_loss, self.freq:
             sha256.update(np.ascontiguousarray(part))
@@ -254,19 +247,20 @@ def inputs_and_targets(tokens, carries_loss):
 
 
 def load_corpus(paths, tokenizer, block_size, counts=None):
-    """The Corpus of files (see read), or without any, of the language reference inside every Python.
+    """The Corpus of files (see read_files), or without any, of the language reference inside every Python.
 
     counts: files for load_counts, in place of the counts of the training part. Raises OSError or ValueError
     for files that cannot be read, or are too short to hold out a tenth.
     """
-    name = ", ".join(Path(path).name for path in paths or ["the Python language reference"])
     if paths:
-        is_pairs, items = read(paths)
+        name = ", ".join(Path(path).name for path in paths)
+        is_pairs, items = read_files(paths)
     else:
         from pydoc_data.topics import topics
 
-        is_pairs, items = False, ["\n\n".join(topics.values())]
-    corpus = (_corpus_of_pairs if is_pairs else _corpus_of_text)(name, items, tokenizer, block_size)
+        name, is_pairs, items = "the Python language reference", False, ["\n\n".join(topics.values())]
+    make = _corpus_of_pairs if is_pairs else _corpus_of_text
+    corpus = make(name, items, tokenizer, block_size)
     if counts:
         corpus.freq = load_counts(counts, tokenizer.n_vocab)
     else:
@@ -275,7 +269,7 @@ def load_corpus(paths, tokenizer, block_size, counts=None):
 
 
 def _corpus_of_text(name, texts, tokenizer, T):
-    """Every tenth stretch of T + 1 tokens is held out, rather than the end: the parts of a text differ."""
+    """Every tenth stretch of T + 1 tokens is held out. The end alone might differ from the rest."""
     dtype = np.min_scalar_type(tokenizer.n_vocab)  # uint16 for GPT-2's
     tokens = np.concatenate([piece.astype(dtype) for piece in encode_stream(texts, tokenizer)])
     n = len(tokens) // (10 * (T + 1))
@@ -300,18 +294,20 @@ def _corpus_of_pairs(name, pairs, tokenizer, T):
     pairs as fit. A pair that is too long loses the start of its prompt, then the end of its completion.
     """
     dtype = np.min_scalar_type(tokenizer.n_vocab)
-    fitting, numbers, number_of, n_cut = [], [], {}, 0
-    for prompt, completion in encode_pairs(pairs, tokenizer):
-        numbers.append(number_of.setdefault(hash(prompt.tobytes()), len(number_of)))  # a hash saves memory
-        n_cut += len(prompt) + len(completion) > T + 1
+    pairs_cut, numbers, number_of, n_too_long = [], [], {}, 0
+    for prompt, completion in pairs:
+        prompt = prompt or END_OF_TEXT  # the first token of a completion needs one before it
+        numbers.append(number_of.setdefault(prompt, len(number_of)))  # equal prompts have the same number
+        prompt, completion = encode(prompt, tokenizer), encode(completion, tokenizer)
+        n_too_long += len(prompt) + len(completion) > T + 1
         prompt = prompt[-max(1, T + 1 - len(completion)) :]
-        fitting.append((prompt.astype(dtype), completion[: T + 1 - len(prompt)].astype(dtype)))
-    if len(number_of) < 10:
-        numbers = range(len(fitting))  # with fewer than ten different prompts, every tenth pair is held out
-    training = [pair for number, pair in zip(numbers, fitting) if number % 10 < 9]
-    held_out = [pair for number, pair in zip(numbers, fitting) if number % 10 == 9]
+        pairs_cut.append((prompt.astype(dtype), completion[: T + 1 - len(prompt)].astype(dtype)))
+    if len(number_of) < 10:  # different prompts: hold out every tenth pair
+        numbers = range(len(pairs_cut))
+    training = [pair for number, pair in zip(numbers, pairs_cut) if number % 10 < 9]
+    held_out = [pair for number, pair in zip(numbers, pairs_cut) if number % 10 == 9]
     if not held_out:
-        raise ValueError(f"{name} has {len(fitting)} pairs: give at least ten, since a tenth is held out")
+        raise ValueError(f"{name} has {len(pairs_cut)} pairs: give at least ten, since a tenth is held out")
 
     lengths = [len(prompt) + len(completion) for prompt, completion in training]
     starts = np.cumsum(lengths) - lengths
@@ -327,9 +323,9 @@ def _corpus_of_pairs(name, pairs, tokenizer, T):
     rows, rows_loss = map(np.stack, zip(*(_side_by_side(row, T + 1) for row in rows)))
     description = (f"{name}: {len(training):,} pairs to train on, {len(held_out):,} held out with "
                    f"{rows_loss.sum():,} tokens to predict")
-    if n_cut:
-        description += (f"; {n_cut:,} are longer than --block_size {T}: they lose the start of the prompt, "
-                        "then the end of the completion")
+    if n_too_long:
+        description += (f"; {n_too_long:,} are longer than --block_size {T}: they lose the start of the "
+                        "prompt, then the end of the completion")
     prompt, completion = held_out[0]
     example = prompt.tolist(), completion[:-1].tolist()  # without the end of text
     return Corpus(description, T, tokens, carries_loss, starts, rows, rows_loss, example)
@@ -352,9 +348,9 @@ def count_tokens(paths, tokenizer):
     Raises OSError or ValueError for a file that cannot be read.
     """
     counts = np.zeros(tokenizer.n_vocab, np.int64)
-    is_pairs, items = read(paths)
+    is_pairs, items = read_files(paths)
     if is_pairs:
-        stream = (completion for _, completion in encode_pairs(items, tokenizer))
+        stream = (encode(completion, tokenizer) for _, completion in items)
     else:
         stream = encode_stream(items, tokenizer)
     for tokens in stream:
@@ -369,7 +365,7 @@ def load_counts(files, n_vocab):
     """
     total = np.zeros(n_vocab)
     for name in files:
-        scaled = re.fullmatch(r"(.+):([0-9.]+(?:[eE][0-9+-]+)?)", name)
+        scaled = re.fullmatch(r"(.+):([\d.eE+-]+)", name)
         path, scale = scaled.groups() if scaled else (name, 1)
         with open(path, "rb") as file:
             try:
@@ -393,9 +389,9 @@ BANDS = "frequent", "middle", "rare"
 def frequency_bands(counts):
     """The band of each token, (V,) int64: frequent tokens make up half of the text, rare ones a tenth."""
     order = np.argsort(-counts, kind="stable")
-    before = np.cumsum(counts[order]) - counts[order]  # how much of the text is more frequent
+    above = np.cumsum(counts[order]) - counts[order]  # (V,), the occurrences of all more frequent tokens
     band = np.empty(len(counts), np.int64)
-    band[order] = np.digitize(before / counts.sum(), [0.5, 0.9])
+    band[order] = np.digitize(above / counts.sum(), [0.5, 0.9])
     return band
 
 
@@ -417,7 +413,7 @@ def at_least(minimum, kind=int, below=float("inf")):
     """A type for argparse: a number in [minimum, below)."""
 
     def parse(text):
-        value = kind(text) + 0  # -0 is 0
+        value = kind(text)
         if not minimum <= value < below:
             limit = "finite" if below == float("inf") else f"below {below}"
             raise argparse.ArgumentTypeError(f"must be at least {minimum} and {limit}, not {text}")
@@ -427,7 +423,7 @@ def at_least(minimum, kind=int, below=float("inf")):
     return parse
 
 
-def run(main):
+def run_script(main):
     """Run a script's main. A user's mistake ends in one line on stderr, with exit status 1."""
     for stream in sys.stdout, sys.stderr:
         stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # on Windows, too
@@ -451,7 +447,7 @@ def main():
     if not args.out.endswith(".npy"):
         parser.error(f"--out {args.out} must end in .npy")
     counts = count_tokens(args.text, load_tokenizer(args.tokenizer))
-    array = io.BytesIO()
+    array = io.BytesIO()  # np.save to a file does not always notice that the disk is full
     np.save(array, counts)
     write_safely(Path(args.out), lambda path: path.write_bytes(array.getvalue()))
     total, seen, top = counts.sum(), np.count_nonzero(counts), np.sort(counts)[-100:].sum()
@@ -460,4 +456,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -57,7 +57,7 @@ class Attention(nn.Module):
             cache[:, :, :, pos : pos + T] = torch.stack((k, v))
             k, v = cache[:, :, :, : pos + T]  # (B, n_head, pos + T, C / n_head) each
         dropout = self.dropout.p if self.training else 0.0
-        # The causal mask. A single token sees all tokens so far. The cache may have another dtype than x.
+        # is_causal is the causal mask; a single token sees all so far. The cache may be in float32.
         y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, dropout_p=dropout, is_causal=T > 1)
         y = y.to(x.dtype).transpose(1, 2).reshape(B, T, C)  # the heads side by side
         return self.dropout(self.c_proj(y))
@@ -83,9 +83,9 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None, pos=0, recompute=False):
+    def forward(self, x, cache=None, pos=0, recompute_mlp=False):
         x = x + self.attn(self.ln_1(x), cache, pos)
-        if recompute:
+        if recompute_mlp:
             return x + checkpoint(lambda x: self.mlp(self.ln_2(x)), x, use_reentrant=False)
         return x + self.mlp(self.ln_2(x))
 
@@ -104,22 +104,23 @@ class GPT(nn.Module):
         self.drop = nn.Dropout(0.0)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        # Layers that write to the residual stream start smaller (GPT-2, section 2.3).
+        residual_std = 0.02 / math.sqrt(2 * config.n_layer)
         for name, p in self.named_parameters():
             if p.dim() > 1:
-                # Layers that write to the residual stream start smaller (GPT-2, section 2.3).
-                nn.init.normal_(p, std=0.02 / (math.sqrt(2 * config.n_layer) if "c_proj" in name else 1))
+                nn.init.normal_(p, std=residual_std if "c_proj" in name else 0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
     def set_dropout(self, p):
-        """Set every dropout probability, which is 0 otherwise, whatever config.json says."""
+        """Set the dropout probability. It is 0 until then, whatever config.json says."""
         for module in self.modules():
             if isinstance(module, nn.Dropout):
                 module.p = p
 
     @property
     def lm_head(self):
-        """(vocab_size, n_embd): logits = hidden @ lm_head.T."""
+        """The output matrix, (vocab_size, n_embd): logits = hidden @ lm_head.T."""
         return self.wte.weight
 
     def forward(self, idx, return_hidden=False, cache=None, pos=0):
@@ -132,9 +133,9 @@ class GPT(nn.Module):
         if pos + T > window:
             raise ValueError(f"{pos + T} tokens do not fit into the context window of {window}")
         x = self.drop(self.wte(idx) + self.wpe.weight[pos : pos + T])  # (B, T, n_embd)
-        recompute = self.activation_checkpointing and self.training
+        recompute_mlp = self.activation_checkpointing and self.training
         for i, block in enumerate(self.h):
-            x = block(x, None if cache is None else cache[i], pos, recompute)
+            x = block(x, None if cache is None else cache[i], pos, recompute_mlp)
         x = self.ln_f(x)
         return x if return_hidden else F.linear(x, self.lm_head)
 
@@ -159,12 +160,13 @@ class GPT(nn.Module):
         cache, pos = self.new_cache(B, min(window, T + max_new_tokens)), 0
         self.eval()
         for end in range(T, T + max_new_tokens):
-            # Each step computes the new token alone. Past the window all positions shift: no cache then.
-            unseen = idx[:, pos:end] if end <= window else idx[:, end - window : end]
+            inputs = idx[:, pos:end]  # after the first step, the newest token alone
+            if end > window:  # every position shifts by one, so nothing in the cache is right any more
+                inputs, cache, pos = idx[:, end - window : end], None, 0
             # For one row in half precision oneDNN is slow: 63 tokens/s with it, 116 without (AMD EPYC).
-            one_row = unseen.numel() == 1 and self.lm_head.dtype != torch.float32
+            one_row = inputs.numel() == 1 and self.lm_head.dtype != torch.float32
             torch.backends.mkldnn.enabled = onednn and not one_row
-            hidden = self(unseen, True, cache, pos) if end <= window else self(unseen, return_hidden=True)
+            hidden = self(inputs, True, cache, pos)  # (B, T, n_embd)
             logits = F.linear(hidden[:, -1], self.lm_head).float()  # (B, V)
             torch.backends.mkldnn.enabled = onednn
             pos = end
@@ -176,29 +178,30 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_folder):
-        """A released model ("gpt2"), OWNER/NAME on the hub, or a checkpoint folder; in float32.
+        """Load a released model ("gpt2"), OWNER/NAME on the hub, or a checkpoint folder, in float32.
 
-        Raises OSError if it cannot be had, ValueError if it is not a GPT-2.
+        Raises OSError if it cannot be found or downloaded, ValueError if it is not a GPT-2.
         """
         folder = checkpoint_folder(name_or_folder)
-        model = read_config(folder)
+        model = empty_model(folder)
         model.load_state_dict(read_weights(folder, model), assign=True)
         return model
 
-    def save_pretrained(self, folder, dtype=torch.float32):
+    def save_pretrained(self, folder):
         """Write a checkpoint folder that Transformers opens, too; without the tokenizer. Raises OSError."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        config = asdict(self.config)
-        new = {"architectures": ["GPT2LMHeadModel"], "bos_token_id": self.config.eos_token_id}
-        config = GPT2 | new | config.pop("other") | config
-        for name in {"dtype", "torch_dtype"} & config.keys():  # what the file holds
-            config[name] = str(dtype).removeprefix("torch.")
+        known = asdict(self.config)
+        other = known.pop("other")
+        new = {"architectures": ["GPT2LMHeadModel"], "bos_token_id": known["eos_token_id"]}
+        config = FIXED | new | other | known  # the last one wins
+        for name in {"dtype", "torch_dtype"} & config.keys():  # the dtype that the file has
+            config[name] = str(self.lm_head.dtype).removeprefix("torch.")
         write_json(folder / "config.json", config)
         if self.generation_config:
             write_json(folder / "generation_config.json", self.generation_config)
         state = {f"transformer.{name}": transpose_linear(name, w) for name, w in self.state_dict().items()}
-        write_safely(folder / "model.safetensors", lambda path: write_safetensors(path, state, dtype))
+        write_safely(folder / "model.safetensors", lambda path: write_safetensors(path, state))
 
 
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None):
@@ -211,13 +214,13 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None):
         logits = logits.masked_fill(logits < least, -torch.inf)
     p = logits.softmax(-1)  # (B, V)
     if top_p is not None:
-        # Sorting GPT-2's vocabulary takes longer than the network. The likeliest 1,000 tokens mostly suffice.
+        # The likeliest 1,000 tokens mostly suffice. Sorting all of GPT-2's takes longer than the network.
         for n in min(1000, p.shape[-1]), p.shape[-1]:
             likeliest = p.topk(n).values  # (B, n), the likeliest first
-            before = likeliest.cumsum(-1) - likeliest  # how likely the tokens before each are together
-            if before[:, -1].min() >= top_p:
+            likelier = likeliest.cumsum(-1) - likeliest  # (B, n), the probability of all likelier tokens
+            if likelier[:, -1].min() >= top_p:
                 break
-        n_kept = (before < top_p).sum(-1, keepdim=True).clamp(min=1)  # (B, 1)
+        n_kept = (likelier < top_p).sum(-1, keepdim=True).clamp(min=1)  # (B, 1)
         p = p.masked_fill(p < likeliest.gather(1, n_kept - 1), 0)
     return draw(p)
 
@@ -236,27 +239,30 @@ def draw(p):
 # --- checkpoint folders: config.json, model.safetensors and the tokenizer's files ---
 
 # What config.json says of every GPT-2. With other values it would be another network.
-GPT2 = {"model_type": "gpt2", "activation_function": "gelu_new", "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False, "tie_word_embeddings": True}
+FIXED = {"model_type": "gpt2", "activation_function": "gelu_new", "scale_attn_weights": True,
+         "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False, "tie_word_embeddings": True}
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that exists is read
 NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", "lm_head.weight")  # causal masks, and wte once more
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool,
+          "U8": torch.uint8}  # the last two are causal masks'
 
 
-def read_config(folder):
+def empty_model(folder):
     """The GPT that config.json describes, without weights (on torch's meta device). Raises ValueError."""
     try:
         given = json.loads((folder / "config.json").read_bytes())
-        for name, value in GPT2.items():
-            if given.get(name, value) != value and given[name] != "gelu_pytorch_tanh":  # the same as gelu_new
+        for name, value in FIXED.items():
+            if given.get(name, value) not in (value, "gelu_pytorch_tanh"):  # another name of gelu_new
                 raise ValueError(f"{name} is {given[name]!r}, not {value!r}")
         given.setdefault("n_positions", given.get("n_ctx", GPTConfig.n_positions))
-        own = GPTConfig.__dataclass_fields__.keys() - {"other"}
-        config = GPTConfig(**{name: given.pop(name) for name in own & given.keys()}, other=given)
+        known = GPTConfig.__dataclass_fields__.keys() - {"other"}
+        config = GPTConfig(**{name: given.pop(name) for name in known & given.keys()}, other=given)
         with torch.device("meta"):
             model = GPT(config)
             model(torch.zeros(1, 1, dtype=torch.int64))  # fails unless its sizes fit together
         if (folder / "generation_config.json").exists():
-            model.generation_config = {} | json.loads((folder / "generation_config.json").read_bytes())
+            generation_config = json.loads((folder / "generation_config.json").read_bytes())
+            model.generation_config = {} | generation_config  # fails unless it is a dict
         return model
     except Exception as error:  # a stranger's file can hold anything
         raise ValueError(f"{folder}: config.json or generation_config.json is not GPT-2's: "
@@ -267,7 +273,10 @@ def read_weights(folder, model):
     """The state dict for a GPT from a checkpoint folder, in float32. Raises ValueError."""
     path = next(folder / name for name in WEIGHTS if (folder / name).exists())
     try:
-        stored = load_state(path) if path.suffix == ".bin" else read_safetensors(path)
+        if path.suffix == ".bin":  # a stranger's file runs no code
+            stored = dict(torch.load(path, map_location="cpu", weights_only=True))
+        else:
+            stored = read_safetensors(path)
         state = {}
         for name in [name for name in stored if not name.endswith(NOT_WEIGHTS)]:
             w = transpose_linear(name, stored.pop(name))  # pop, to hold no weight twice
@@ -276,7 +285,7 @@ def read_weights(folder, model):
         wanted = {name: tuple(w.shape) for name, w in model.state_dict().items()}
         for name in sorted(found.keys() | wanted.keys()):
             if found.get(name) != wanted.get(name):
-                raise ValueError(f"{name!a} has shape {found.get(name)}, in config.json {wanted.get(name)}")
+                raise ValueError(f"{name!r} has shape {found.get(name)}, in config.json {wanted.get(name)}")
             if not state[name].isfinite().all():
                 raise ValueError(f"{name} is NaN or infinite")
         return state
@@ -299,34 +308,26 @@ def read_safetensors(path):
         length = int.from_bytes(file.read(8), "little")
         header, state = json.loads(file.read(length)), {}
         for name, entry in header.items():
-            if name != "__metadata__" and not name.endswith(NOT_WEIGHTS):  # which may have other dtypes
+            if name != "__metadata__":
                 begin, end = entry["data_offsets"]
                 file.seek(8 + length + begin)
-                data = bytearray(file.read(end - begin))  # in memory of its own, since it may be unaligned
+                data = bytearray(file.read(end - begin))  # a copy, since the file's may be unaligned
                 state[name] = torch.frombuffer(data, dtype=DTYPES[entry["dtype"]]).view(entry["shape"])
         return state
 
 
-def write_safetensors(path, state, dtype):
+def write_safetensors(path, state):
     header, end = {"__metadata__": {"format": "pt"}}, 0
-    code = next(code for code in DTYPES if DTYPES[code] == dtype)
+    codes = {dtype: code for code, dtype in DTYPES.items()}
     for name, w in state.items():
-        begin, end = end, end + w.numel() * dtype.itemsize
-        header[name] = {"dtype": code, "shape": list(w.shape), "data_offsets": [begin, end]}
+        begin, end = end, end + w.nbytes
+        header[name] = {"dtype": codes[w.dtype], "shape": list(w.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # aligns the tensors, for those who map the file into memory
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for w in state.values():
-            file.write(w.to("cpu", dtype).contiguous().view(torch.uint8).numpy())
-
-
-def load_state(path):
-    """The dict that torch.save wrote. A stranger's file runs no code. Raises ValueError for anything else."""
-    try:
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:
-        raise ValueError(f"{path} is damaged, or not a PyTorch checkpoint: {line_of(error)}") from None
+            file.write(w.cpu().contiguous().view(torch.uint8).numpy())
 
 
 def write_safely(path, write):
@@ -336,7 +337,7 @@ def write_safely(path, write):
         write(part)
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError when the disk is full
-        raise OSError(f"{path} could not be written ({line_of(error)}); the old file is untouched") from None
+        raise OSError(f"{path} could not be written ({line_of(error)}); nothing was changed") from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -349,45 +350,43 @@ def write_json(path, content):
 
 RELEASED = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 RELEASED["distilgpt2"] = "distilbert/distilgpt2"
-# Of a tokenizer, tokenizer.json is enough, or else merges.txt with vocab.json.
+# A tokenizer is tokenizer.json, or vocab.json with merges.txt. The other files may add to it.
 TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json",
              "merges.txt", "vocab.json")
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that there is
 
 
 def checkpoint_folder(name_or_folder, weights=True):
     """The local folder of a checkpoint, or of just a tokenizer. A model on the hub is downloaded once.
 
     Hugging Face's own cache is used if it holds the model. HF_ENDPOINT names a mirror.
-    Raises OSError if there is no such folder or model, ValueError if it is no GPT-2.
+    Raises OSError if there is no such folder or model, ValueError if it is not a GPT-2.
     """
     name = str(name_or_folder)
     repo = RELEASED.get(name_or_folder, name)  # ./gpt2 and Path("gpt2") are folders, "gpt2" is not
-    if repo == name and (Path(name).exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)):
-        folder = Path(name)
-    else:
+    folders = [Path(name)]
+    if repo != name or not Path(name).exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         own = Path(torch.hub.get_dir(), "pdl", repo.replace("/", "--"))
         folders = own, hub_snapshot(name), hub_snapshot(repo)
-        folder = next((folder for folder in folders if is_complete(folder, weights)), own)
-        if not is_complete(folder, weights):
+        if not any(is_complete(folder, weights) for folder in folders):
             fetch(name, repo, own, weights)
-    if not is_complete(folder, weights):
-        needs = f"config.json and {' or '.join(WEIGHTS)} (an adapter must be merged, shards be joined)"
-        if not weights:
-            needs = "tokenizer.json, or vocab.json and merges.txt"
-        raise FileNotFoundError(f"{name} is none of {', '.join(RELEASED)}, and no folder with {needs}")
-    return folder
+    for folder in folders:
+        if is_complete(folder, weights):
+            return folder
+    needs = f"config.json and {' or '.join(WEIGHTS)} (an adapter must be merged, shards be joined)"
+    if not weights:
+        needs = "tokenizer.json, or vocab.json and merges.txt"
+    raise FileNotFoundError(f"{name} is none of {', '.join(RELEASED)}, and no folder with {needs}")
 
 
 def is_complete(folder, weights):
-    has = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    has = {path.name for path in folder.glob("*") if path.exists()}  # not a link to a file that is gone
     if weights:
         return "config.json" in has and not has.isdisjoint(WEIGHTS)
     return "tokenizer.json" in has or {"vocab.json", "merges.txt"} <= has
 
 
 def hub_snapshot(repo):
-    """Where Hugging Face's own cache has a model, if it does."""
+    """The folder of a model in Hugging Face's own cache. It may not exist."""
     cache = os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
     hub = os.environ.get("HF_HUB_CACHE", Path(os.environ.get("HF_HOME", Path(cache, "huggingface")), "hub"))
     folder = Path(hub, f"models--{repo.replace('/', '--')}")
@@ -403,10 +402,9 @@ def fetch(name, repo, folder, weights):
             if not (folder / file).exists() and not (file in WEIGHTS and is_complete(folder, weights)):
                 download(repo, folder / file)
             if file == "config.json" and (folder / file).exists():
-                read_config(folder)  # before much is downloaded
+                empty_model(folder)  # fails for another network, before much is downloaded
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)  # of a URLError
-        reason = getattr(reason, "strerror", None) or reason
         raise OSError(f"{name} is not cached and cannot be downloaded ({reason}): connect, or name a "
                       "checkpoint folder such as tiny") from None
 
@@ -435,7 +433,7 @@ def download(repo, path):
         if error.code != 404:
             raise OSError(f"{path.name}: {error}") from None
     except (ValueError, RecursionError):
-        raise OSError(f"{path.name}: this is not what the hub sends") from None
+        raise OSError(f"{path.name} from the hub is not what it should be: try again") from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -467,8 +465,8 @@ def pick_dtype(name, device, sampling=False):
         has_bfloat16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
         return torch.bfloat16 if has_bfloat16 else torch.float16
 
-    def seconds(dtype):
+    def seconds(dtype):  # of a matrix product: many CPUs are slower with bfloat16
         a, b = torch.ones(512, 768, dtype=dtype), torch.ones(768, 3072, dtype=dtype)
         return Timer("a @ b", globals={"a": a, "b": b}).timeit(5).mean
 
-    return min(torch.float32, torch.bfloat16, key=seconds)  # many CPUs are slower with bfloat16
+    return min(torch.float32, torch.bfloat16, key=seconds)

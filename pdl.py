@@ -51,7 +51,7 @@ def token_weights(targets, weights, ignore_index=-100):
     Raises IndexError for a target outside the vocabulary.
     """
     keep = targets != ignore_index
-    # Unlike weights[targets], index_select raises on -1.
+    # weights[targets] would take -1 for the last token. index_select raises.
     w = weights.to(targets.device).index_select(0, torch.where(keep, targets, 0).flatten())
     return w.view(targets.shape) * keep
 
@@ -69,15 +69,15 @@ def pdl_loss(logits, targets, weights, reduction="mean", ignore_index=-100):
     Returns a scalar, or (...) for "none". If all targets are ignored, loss and gradient are 0. Raises
     ValueError if shapes, weights or reduction do not fit, IndexError for a target outside the vocabulary.
     """
-    _check(logits.shape[:-1], logits.shape[-1], targets, weights, reduction, ("mean", "sum", "none"))
+    _check(logits.shape, targets, weights, reduction, ("mean", "sum", "none"))
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
     weights = weights.to(logits)
     loss = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.flatten(), weights,
-                           ignore_index=ignore_index, reduction="none" if reduction == "none" else "sum")
-    if reduction == "none":
-        return loss.view(targets.shape)
-    return _mean(loss, token_weights(targets, weights, ignore_index)) if reduction == "mean" else loss
+                           ignore_index=ignore_index, reduction="sum" if reduction == "mean" else reduction)
+    if reduction == "mean":
+        loss = _mean(loss, token_weights(targets, weights, ignore_index))
+    return loss.view(targets.shape) if reduction == "none" else loss
 
 
 def _mean(loss, w):
@@ -85,11 +85,12 @@ def _mean(loss, w):
     return loss / w.sum().clamp(min=torch.finfo(w.dtype).tiny)
 
 
-def _check(shape, vocab_size, targets, weights, reduction, allowed):
-    if targets.shape != shape:
-        raise ValueError(f"targets have shape {tuple(targets.shape)}, not {tuple(shape)} like the input")
+def _check(shape, targets, weights, reduction, allowed):
+    *shape, vocab_size = shape  # of the logits
+    if [*targets.shape] != shape:
+        raise ValueError(f"targets have shape {[*targets.shape]}, not {shape} like the input")
     if weights.shape != (vocab_size,):
-        raise ValueError(f"weights have shape {tuple(weights.shape)}, the vocabulary has {vocab_size} tokens")
+        raise ValueError(f"weights have shape {[*weights.shape]}, the vocabulary has {vocab_size} tokens")
     if not weights.is_floating_point():
         raise ValueError("weights must be floating point: pass pdl_weights(counts), not counts")
     if reduction not in allowed:
@@ -99,7 +100,7 @@ def _check(shape, vocab_size, targets, weights, reduction, allowed):
 # ---------------------------------------------------------------------------------------------------------
 # That was the method. The rest computes the same loss in a fraction of the memory.
 
-CHUNK_LOGITS = 26_000_000  # logits held at a time (517 rows for GPT-2): fewer are slower, more no faster
+CHUNK_LOGITS = 26_000_000  # logits in a chunk: 517 rows for GPT-2. Fewer are slower, more are no faster
 
 
 @torch.compiler.disable
@@ -110,16 +111,16 @@ def linear_pdl_loss(hidden, lm_head, targets, weights, reduction="mean", ignore_
     pdl_loss. Products run in hidden's dtype, or in autocast's. The gradient of lm_head is summed in float32.
     A frozen lm_head gets no gradient, and costs no time or memory for it. There are no second derivatives.
     """
-    _check(hidden.shape[:-1], lm_head.shape[0], targets, weights, reduction, ("mean", "sum"))
+    _check((*hidden.shape[:-1], len(lm_head)), targets, weights, reduction, ("mean", "sum"))
     device = hidden.device.type
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:  # which autocast leaves alone
         hidden = hidden.to(torch.get_autocast_dtype(device))
     w = token_weights(targets, weights, ignore_index).to(torch.promote_types(hidden.dtype, torch.float32))
-    # float16 can hold w / largest, but perhaps not w. The padding is for a batch without targets.
+    # float16 can hold w / largest, but perhaps not w. The padding is for an empty batch.
     largest = F.pad(w.flatten(), (0, 1), value=torch.finfo(w.dtype).tiny).max()
     keep = targets != ignore_index  # a position without loss costs nothing
     if not torch.is_grad_enabled():
-        hidden, lm_head = hidden.detach(), lm_head.detach()  # else gradients are computed all the same
+        hidden, lm_head = hidden.detach(), lm_head.detach()  # else forward() computes gradients
     with torch.autocast(device, enabled=False):
         loss = largest * _ChunkedLoss.apply(hidden[keep], lm_head, targets[keep], w[keep] / largest)
     return _mean(loss, w) if reduction == "mean" else loss
@@ -130,7 +131,8 @@ class _ChunkedLoss(torch.autograd.Function):
 
     The loss and its gradient need the same logits. So the forward pass computes both, chunk by chunk, and the
     backward pass only scales the gradients. With p = softmax(logits), the gradient of a row's cross-entropy
-    by its logits is p - onehot(target). A row's weight multiplies its D hidden values, not these V numbers.
+    with respect to its logits is p - onehot(target). A row's weight multiplies its D hidden values, since its
+    V logits are more.
     """
 
     @staticmethod
@@ -141,27 +143,25 @@ class _ChunkedLoss(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         d_head = torch.zeros_like(lm_head, dtype=w.dtype) if ctx.needs_input_grad[1] else None
         rows = max(1, CHUNK_LOGITS // V)
-        logits_buffer, p_buffer = hidden.new_empty(2, min(rows, N), V)  # for all chunks: new memory is slow
+        logits_buffer, p_buffer = hidden.new_empty(2, min(rows, N), V)  # for all chunks: allocating is slow
         for start in range(0, N, rows):
             chunk = slice(start, start + rows)
-            h, t, wt = hidden[chunk], targets[chunk], w[chunk]  # (n, D), (n,), (n,)
+            h, t, row_weights = hidden[chunk], targets[chunk], w[chunk]  # (n, D), (n,), (n,)
             i = torch.arange(len(t), device=t.device)
             logits = torch.mm(h, head.T, out=logits_buffer[: len(t)])  # (n, V)
             p = torch.softmax(logits, dim=-1, out=p_buffer[: len(t)])  # (n, V)
-            # logsumexp = top - log p(top) needs no more memory. This p is at least 1/V, so log is safe.
+            # log p[at] = top - logsumexp, so no (n, V) tensor is needed. p[at] >= 1/V, so log is safe.
             top, at = logits.max(dim=-1)  # (n,) each
             logsumexp = top.to(w.dtype) - p[i, at].to(w.dtype).log()  # (n,), of the logits
-            loss += wt @ (logsumexp - logits[i, t].to(w.dtype))
-            p[i, t] -= 1  # now the gradient by the logits, without the weight
+            loss += row_weights @ (logsumexp - logits[i, t].to(w.dtype))
+            p[i, t] -= 1  # now p is the gradient with respect to the logits, without the weights
             if d_hidden is not None:
                 torch.mm(p, head, out=d_hidden[chunk])
             if d_head is not None:
-                weighted = (h * wt[:, None]).to(h.dtype)
-                if p.dtype == d_head.dtype:
-                    d_head.addmm_(p.T, weighted)
-                else:  # summed in float32, 2,048 tokens at a time, so that no second (V, D) is needed
-                    for total, part in zip(d_head.split(2048), p.T.split(2048)):
-                        total += part @ weighted
+                weighted = (h * row_weights[:, None]).to(h.dtype)  # (n, D)
+                # The sum is in float32. In parts of 2,048 tokens, it needs no second (V, D).
+                for total, part in zip(d_head.split(2048), p.T.split(2048)):
+                    total += part @ weighted
         ctx.save_for_backward(d_hidden, d_head, w)
         ctx.head_dtype = lm_head.dtype
         return loss

@@ -8,19 +8,19 @@ Generate text: with what train.py left in out/, with a checkpoint folder, or wit
 import numpy as np
 import torch
 
-from count import ArgumentParser, at_least, encode, load_counts, load_tokenizer, run
+from count import ArgumentParser, at_least, encode, load_counts, load_tokenizer, run_script
 from model import GPT, pick_device, pick_dtype
 
 
-def shift(counts, x):
-    """-x * log(freq(t)), to be added to the logits: (V,) float32. Unseen tokens count as seen once.
+def shift(counts, strength):
+    """-strength * log(freq(t)), to be added to the logits: (V,) float32. Unseen tokens count as seen once.
 
     A plain model predicts the text's distribution p. Eq. 5 is minimal for q, proportional to w(t) p(t). A
     shift by alpha turns p into q, and a shift by -alpha turns q into p.
     """
     if counts.max() <= 1:
         raise ValueError("these are probabilities, but a shift needs counts: count.py makes them")
-    return -x * torch.from_numpy(np.maximum(counts, 1)).log().float()
+    return -strength * torch.from_numpy(np.maximum(counts, 1)).log().float()
 
 
 def continue_prompt(model, tokenizer, prompt, length, n=1, logit_bias=None, **how):
@@ -40,22 +40,23 @@ def continue_prompt(model, tokenizer, prompt, length, n=1, logit_bias=None, **ho
 def main():
     p = ArgumentParser(description="Generate text with a GPT-2 checkpoint.")
     p.flag("init_from", "out", "a checkpoint folder, a released GPT-2, or OWNER/NAME on the hub")
-    p.flag("prompt", "\n", 'text to continue; "" is the start of a text')
+    p.add_argument("--prompt", default="\n", help='text to continue; "" starts a text (default: a line end)')
     p.flag("num_samples", 3, "samples, generated side by side", at_least(1))
     p.flag("max_new_tokens", 200, "tokens in each; slow beyond the model's context window", at_least(1))
     p.flag("temperature", 0.8, "lower is more predictable; 0 takes the likeliest token", at_least(0, float))
     p.flag("top_k", None, "sample among the k likeliest tokens", at_least(1))
-    p.flag("top_p", 0.95, "sample among the likeliest tokens that have this probability", at_least(0, float))
-    p.flag("seed", 1337, "of the samples", at_least(0, below=2**63))
+    p.flag("top_p", 0.95, "sample among the likeliest tokens that together reach this probability", float)
+    p.flag("seed", 1337, "random seed", at_least(0, below=2**63))
     p.flag("counts", None, "token counts for --shift", nargs="+", metavar="FILE.npy[:SCALE]")
-    p.flag("shift", None, "add -SHIFT * log(freq) to the logits: PDL's effect without training", float)
+    p.flag("shift", None, "add -SHIFT * log(freq) to the logits: PDL's effect without training",
+           at_least(-100, float, below=100))
     p.flag("device", "auto", "cuda, mps or cpu")
-    p.flag("dtype", "auto", "of the weights", choices=["auto", "float32", "bfloat16", "float16"])
+    p.flag("dtype", "auto", "dtype of the model", choices=["auto", "float32", "bfloat16", "float16"])
     args = p.parse_args()
     if not 0 < args.top_p <= 1:
         p.error("--top_p must be above 0 and at most 1")
-    if (args.counts is None) != (args.shift is None) or not abs(args.shift or 0) <= 100:
-        p.error("--shift takes a number up to 100, together with --counts")
+    if (args.counts is None) != (args.shift is None):
+        p.error("--shift and --counts go together")
 
     device, tokenizer = pick_device(args.device), load_tokenizer(args.init_from)
     bias = shift(load_counts(args.counts, tokenizer.n_vocab), args.shift) if args.counts else None
@@ -63,10 +64,11 @@ def main():
     model.to(device, pick_dtype(args.dtype, device, sampling=True))
     tokens = encode(args.prompt, tokenizer).tolist() or [tokenizer.eot_token]
     torch.manual_seed(args.seed)
-    how = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
-    for sample in continue_prompt(model, tokenizer, tokens, args.max_new_tokens, args.num_samples, bias, **how):
+    samples = continue_prompt(model, tokenizer, tokens, args.max_new_tokens, args.num_samples, bias,
+                              temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    for sample in samples:
         print(args.prompt + tokenizer.decode(sample) + "\n" + "-" * 80)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -26,8 +26,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import count
 from count import BANDS, at_least
-from model import GPT, TOKENIZER, checkpoint_folder, load_state, pick_device, pick_dtype, read_weights
-from model import write_safely, write_json
+from model import GPT, RELEASED, TOKENIZER, checkpoint_folder, line_of, pick_device, pick_dtype, read_weights
+from model import write_json, write_safely
 from pdl import linear_pdl_loss, pdl_weights, token_weights
 from sample import continue_prompt, shift
 
@@ -43,8 +43,7 @@ def main():
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if WORLD_SIZE > 1:
-        # gloo sums what is on the CPU, as in evaluate().
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group()
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU
     note = choose_model(args, device)
     say(note)
@@ -57,10 +56,11 @@ def main():
             reports.append(finetune(args, alpha, folder, device, tokenizer, corpus))
             say(table_of_run(reports[-1]))
     except KeyboardInterrupt:
-        say(f"\nstopped. To go on: python train.py --resume --out_dir {shlex.quote(args.out_dir)}")
+        if Path(args.out_dir, "args.json").exists():
+            say(f"\nstopped. To go on: python train.py --resume --out_dir {shlex.quote(args.out_dir)}")
         raise
     except RuntimeError as error:
-        if "memory" not in str(error):
+        if "tried to allocate" not in str(error).lower():
             raise
         raise ValueError("out of memory: halve --batch_size and double --gradient_accumulation_steps, which "
                          "is the same training, or lower --block_size") from None
@@ -76,30 +76,28 @@ def finetune(args, alpha, folder, device, tokenizer, corpus):
     """One run, from the pretrained model or from its last save: returns its report."""
     if report := finished(folder, args):
         return report
-    resuming = args.resume and (folder / "resume.pt").exists()
-
     model = load_model(args, tokenizer, device)
     optimizer = make_optimizer(args, model)
     final_weights = step_weights(args.max_iters, alpha, args, corpus, model)  # (V,)
-    shifts = {f"{x:g}": shift(corpus.freq, x) for x in args.alpha if alpha == 0 and x > 0}  # (V,) each
-    step, before, best = 0, None, None  # results of evaluate() before training, and for the best model
-    if resuming:
-        step, before, best = resume(folder, args, model, optimizer, corpus.digest)
+    shifts = {} if alpha else {f"{a:g}": shift(corpus.freq, a) for a in args.alpha if a}  # (V,) each
+    before = best = resumed_at = None  # before and best: evaluate() before training and of the best model
+    if args.resume and (folder / "resume.pt").exists():
+        resumed_at, before, best = resume(folder, args, model, optimizer, corpus.digest)
     elif RANK == 0:
         claim(folder, args, alpha, corpus)
-    evaluated = step if resuming else None  # the step of the last evaluation
-    introduce(args, alpha, folder, device, model, corpus, evaluated)
-    trained = torch.compile(model) if args.compile else model
+    introduce(args, alpha, folder, device, model, corpus, resumed_at)
+    wrapped = torch.compile(model) if args.compile else model
     if WORLD_SIZE > 1:
-        trained = DistributedDataParallel(trained)
+        wrapped = DistributedDataParallel(wrapped)
+    step = resumed_at or 0
     logged = time.time(), step  # when the last line of the log was written, and its step
 
     while True:
-        if step != evaluated and (step % args.eval_interval == 0 or step == args.max_iters):
+        if step != resumed_at and (step % args.eval_interval == 0 or step == args.max_iters):
             result = {"iter": step} | evaluate(args, model, corpus, final_weights, device)
             say(f"step {step}: held-out cross-entropy {result['val_ce']:.4f}, PDL {result['val_pdl']:.4f}")
-            log(folder, iter=step, val_ce=result["val_ce"], val_pdl=result["val_pdl"])
-            before, evaluated = before or result, step
+            log(folder, iter=step, val_ce=result["val_ce"], val_pdl=result["val_pdl"])  # raises if NaN
+            before = before or result
             if step > 0 and (best is None or result["val_pdl"] < best["val_pdl"]):
                 best = result
             save(folder, model, optimizer, step=step, before=before, best=best, digest=corpus.digest)
@@ -107,24 +105,23 @@ def finetune(args, alpha, folder, device, tokenizer, corpus):
         if step == args.max_iters:
             break
 
-        # Every rank draws the same batch from the seed and the step. It does not depend on how it is split.
+        # Every rank draws the same whole batch from the seed and the step, and trains on its share of it.
         n = args.batch_size * args.gradient_accumulation_steps
         rng = np.random.default_rng((args.seed, step))
-        inputs, targets = map(torch.from_numpy, corpus.batch(rng, n))  # (n, T) each
+        batch = torch.from_numpy(np.stack(corpus.batch(rng, n)))  # (2, n, T): inputs and targets
         weights = step_weights(step, alpha, args, corpus, model)  # (V,)
-        weight_sum = token_weights(targets, weights).sum().item()  # of the whole batch, not of its parts
+        weight_sum = token_weights(batch[1], weights).sum().item()  # of the whole batch, not of its parts
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
         torch.manual_seed(hash((args.seed, step, RANK)))  # for dropout: the same again after a resume
         loss = torch.zeros((), device=device)
-        xs = inputs.tensor_split(WORLD_SIZE)[RANK].split(args.batch_size)  # this rank's micro-steps
-        ys = targets.tensor_split(WORLD_SIZE)[RANK].split(args.batch_size)
-        for i, (x, y) in enumerate(zip(xs, ys), 1):
-            x, y = x.to(device), y.to(device)  # (b, T) each
+        parts = batch.tensor_split(WORLD_SIZE, dim=1)[RANK].split(args.batch_size, dim=1)
+        for i, part in enumerate(parts, 1):  # micro-steps
+            x, y = part.to(device)  # (b, T) each
             if WORLD_SIZE > 1:
-                trained.require_backward_grad_sync = i == len(xs)
+                wrapped.require_backward_grad_sync = i == len(parts)
             with autocast(args, device):
-                hidden = trained(x, return_hidden=True)  # (b, T, n_embd)
+                hidden = wrapped(x, return_hidden=True)  # (b, T, n_embd)
                 micro_loss = linear_pdl_loss(hidden, model.lm_head, y, weights, "sum") / weight_sum  # Eq. 5
             (micro_loss * WORLD_SIZE).backward()  # DistributedDataParallel will average over the ranks
             loss += micro_loss.detach()
@@ -136,7 +133,7 @@ def finetune(args, alpha, folder, device, tokenizer, corpus):
         if step % args.log_interval == 0 or step in (1, args.max_iters):
             logged = log_step(args, folder, step, all_sum(loss).item(), logged)
 
-    # Sample from the best model, and report.
+    # Evaluate the shifts and sample, with the best model. Then report.
     if WORLD_SIZE > 1:
         dist.barrier()  # until rank 0 has saved it
     model.load_state_dict(read_weights(folder, model))
@@ -152,17 +149,18 @@ def finetune(args, alpha, folder, device, tokenizer, corpus):
 
 
 def choose_model(args, device):
-    """Find the model to start from and the dtype, on rank 0 for all. Returns a note if it is not gpt2."""
-    choice = [args.init_from or "gpt2", None, None]
+    """Settle --init_from and --dtype, on rank 0 for all. Returns a note if tiny/ takes the place of gpt2."""
+    name, note, dtype = args.init_from or "gpt2", None, None
     if RANK == 0:
+        dtype = str(pick_dtype(args.dtype, device)).removeprefix("torch.")
         try:
-            folder = checkpoint_folder(choice[0])
+            checkpoint_folder(name)  # which may download it
         except OSError as error:
             if args.init_from:
                 raise
-            folder = choice[0] = str(TINY)
-            choice[1] = f"NOTE: {str(error).partition(': connect')[0]}; tiny/ (4M parameters) takes its place"
-        choice[2] = str(pick_dtype(args.dtype, device)).removeprefix("torch.")
+            name = str(TINY)
+            note = f"NOTE: {str(error).partition(': connect')[0]}; tiny/ (4M parameters) takes its place"
+    choice = [name, note, dtype]
     if WORLD_SIZE > 1:
         dist.broadcast_object_list(choice)
     args.init_from, note, args.dtype = choice
@@ -181,8 +179,8 @@ def load_model(args, tokenizer, device):
         model.generation_config["eos_token_id"] = tokenizer.eot_token
     model.set_dropout(args.dropout)
     recompute = args.activation_checkpointing
-    model.activation_checkpointing = device.type == "cpu" if recompute is None else recompute
-    if args.learning_rate is None:
+    model.activation_checkpointing = (device.type == "cpu") if recompute is None else recompute
+    if args.learning_rate is None:  # it depends on the model's size
         args.learning_rate = 3e-3 if sum(p.numel() for p in model.parameters()) < 1e7 else 3e-4
     return model.to(device)
 
@@ -200,7 +198,7 @@ def step_weights(step, alpha, args, corpus, model):
     if args.rising:
         alpha *= step / args.max_iters
     weights = pdl_weights(corpus.freq, alpha, args.eps)
-    return F.pad(weights, (0, model.config.vocab_size - len(weights)))  # a padded vocabulary: never targets
+    return F.pad(weights, (0, model.config.vocab_size - len(weights)))  # 0 for the padding of a vocabulary
 
 
 def learning_rate(step, args):
@@ -216,7 +214,7 @@ def autocast(args, device):
 
 
 def all_sum(tensor):
-    """The sum of a tensor over all ranks, in its place."""
+    """Sum a tensor over all ranks, in place."""
     if WORLD_SIZE > 1:
         dist.all_reduce(tensor)
     return tensor
@@ -229,23 +227,24 @@ def all_sum(tensor):
 def evaluate(args, model, corpus, weights, device, logit_bias=None):
     """How well held-out text is predicted, in all and by the frequency band of the target.
 
-    val_ce is plain cross-entropy in nats. val_pdl is the loss that is trained: Eq. 5, divided by the sum of
-    the weights. A band without targets is left out.
+    val_ce is plain cross-entropy in nats. val_pdl is Eq. 5, divided by the sum of the weights. A band without
+    targets is left out.
     """
-    n = args.eval_iters * args.batch_size * args.gradient_accumulation_steps
-    rows = np.unique(np.linspace(0, len(corpus.held_out) - 1, n).astype(int))[RANK::WORLD_SIZE]
+    n_rows = args.eval_iters * args.batch_size * args.gradient_accumulation_steps
+    rows = np.unique(np.linspace(0, len(corpus.held_out) - 1, n_rows).astype(int))[RANK::WORLD_SIZE]
     bands = torch.from_numpy(corpus.bands)
     # By band: targets, their cross-entropy, right predictions, their weights, their weighted cross-entropy.
     sums = torch.zeros(5, 3, dtype=torch.float64)
     model.eval()
     for i in range(0, len(rows), args.batch_size):
         x, y = map(torch.from_numpy, corpus.held_out_batch(rows[i : i + args.batch_size]))  # (b, T) each
+        keep = y != -100
         with autocast(args, device):
-            hidden = model(x.to(device), return_hidden=True)[y.to(device) != -100]  # (targets, n_embd)
-            for h, t in zip(hidden.split(512), y[y != -100].split(512)):  # to save memory
+            hidden = model(x.to(device), return_hidden=True)[keep.to(device)]  # (targets, n_embd)
+            for h, t in zip(hidden.split(512), y[keep].split(512)):  # to save memory
                 logits = F.linear(h, model.lm_head).float()  # (512, V)
                 if logit_bias is not None:
-                    logits[:, : len(logit_bias)] += logit_bias.to(device)
+                    logits[:, : len(logit_bias)] += logit_bias.to(device)  # the padding has none
                 ce = F.cross_entropy(logits, t.to(device), reduction="none").cpu().double()
                 right, w = (logits.argmax(-1).cpu() == t).double(), weights[t].double()
                 sums.index_add_(1, bands[t], torch.stack((torch.ones_like(ce), ce, right, w, w * ce)))
@@ -254,7 +253,7 @@ def evaluate(args, model, corpus, weights, device, logit_bias=None):
     n, ce, right, w, w_ce = torch.cat((sums, sums.sum(1, keepdim=True)), dim=1)  # (4,) each: 3 bands and all
 
     def by_band(values):
-        return {band: value for band, value, there in zip((*BANDS, "all"), values.tolist(), n) if there}
+        return {band: x for band, x, n_targets in zip((*BANDS, "all"), values.tolist(), n) if n_targets}
 
     return {"val_ce": (ce / n)[-1].item(), "val_pdl": (w_ce / w)[-1].item(), "ce_by_band": by_band(ce / n),
             "accuracy_by_band": by_band(right / n), "share_of_text": by_band(n / n[-1]),
@@ -286,7 +285,7 @@ def introduce(args, alpha, folder, device, model, corpus, resumed_at):
     n = args.batch_size * args.gradient_accumulation_steps
     say(f"model: {Path(args.init_from).name}, {size:.1f}M parameters, {device.type}, {args.dtype}{ranks}\n"
         f"data:  {corpus.description}\n"
-        f"loss:  PDL, alpha {'rising from 0 to ' * args.rising}{alpha:g}, eps {args.eps:g}\n"
+        f"loss:  PDL, alpha {'rising from 0 to ' if args.rising else ''}{alpha:g}, eps {args.eps:g}\n"
         f"run:   {args.max_iters} steps of {n} x {args.block_size} tokens, learning rate "
         f"{args.learning_rate:g}, into {folder}/")
     if resumed_at is not None:
@@ -355,16 +354,19 @@ NOT_EMPTY = "{} is not an empty folder: --resume its run, or name another --out_
 
 
 def claim(folder, args, alpha, corpus):
-    """Create the folder of a run with the files that stay the same. The first run claims --out_dir for all."""
+    """Create the folder of a run. The first run of a command claims --out_dir for all of them."""
     folder.mkdir(parents=True, exist_ok=True)
-    if alpha == args.alpha[0] and not args.resume:
+    flags = Path(args.out_dir, "args.json")
+    if args.resume:
+        write_json(flags, flags_of(args))
+    elif alpha == args.alpha[0]:
         try:  # only one process can create a file
-            with open(Path(args.out_dir, "args.json"), "x", encoding="utf-8") as file:
+            with open(flags, "x", encoding="utf-8") as file:
                 json.dump(flags_of(args), file, indent=2)
         except FileExistsError:
             raise ValueError(NOT_EMPTY.format(args.out_dir)) from None
     (folder / "log.jsonl").unlink(missing_ok=True)
-    source = checkpoint_folder(args.init_from)
+    source = checkpoint_folder(args.init_from, weights=False)
     for name in TOKENIZER:
         if (source / name).exists():
             shutil.copyfile(source / name, folder / name)
@@ -382,8 +384,11 @@ def save(folder, model, optimizer, **state):
 
 
 def resume(folder, args, model, optimizer, digest):
-    """Go on from resume.pt: the step, and the evaluations before training and of the best model."""
-    state = load_state(folder / "resume.pt")
+    """Load resume.pt. Returns its step, and the evaluations before training and of the best model."""
+    try:
+        state = dict(torch.load(folder / "resume.pt", map_location="cpu", weights_only=True))
+    except Exception as error:
+        raise ValueError(f"{folder}/resume.pt is damaged: {line_of(error)}") from None
     if state["digest"] != digest:
         raise ValueError(f"--resume: the data or the counts are not those that the run in {folder} had")
     step, before, best = state["step"], state["before"], state["best"]
@@ -409,7 +414,7 @@ def finished(folder, args):
 
 
 def flags_of(args):
-    """What args.json keeps."""
+    """The flags that args.json keeps: all but --out_dir and --resume."""
     return {name: value for name, value in vars(args).items() if name not in ("out_dir", "resume")}
 
 
@@ -435,7 +440,7 @@ def make_parser():
     p.flag("batch_size", 16, "sequences per micro-step", positive)
     p.flag("block_size", 256, "tokens in a sequence", at_least(8))
     p.flag("gradient_accumulation_steps", 1, "micro-steps per step, over all processes", positive)
-    p.flag("learning_rate", None, "its peak (default: 3e-4, or 3e-3 below 10M parameters)", not_negative)
+    p.flag("learning_rate", None, "at its peak (default: 3e-4, below 10M parameters 3e-3)", not_negative)
     p.flag("warmup_iters", 10, "steps over which the learning rate rises", at_least(0))
     p.flag("weight_decay", 0.1, "weight decay of matrices", not_negative)
     p.flag("grad_clip", 1.0, "limit of the gradient's norm; 0: none", not_negative)
@@ -453,8 +458,8 @@ def make_parser():
 
 
 def absolute(path):
-    """The absolute path of a file or folder, since --resume may come from another directory."""
-    return os.path.abspath(path) if os.path.exists(path) else path
+    """A path becomes absolute, since --resume may come from another directory. A model's name stays."""
+    return os.path.abspath(path) if os.path.exists(path) and path not in RELEASED else path
 
 
 def parse_args():
@@ -468,7 +473,7 @@ def parse_args():
             p.error(f"--resume: {out} has no run, or its args.json is damaged")
         p.set_defaults(**dict.fromkeys(had))  # now a flag is None unless it is given
         given = {name: value for name, value in vars(p.parse_args()).items() if value is not None}
-        for name in had.keys() & given.keys() - {"max_iters"}:
+        for name in (had.keys() & given.keys()) - {"max_iters"}:
             if given[name] != had[name]:
                 p.error(f"--resume: --{name} was {had[name]}, not {given[name]}: name another --out_dir")
         args = argparse.Namespace(**had | given)
@@ -484,4 +489,4 @@ def parse_args():
 
 
 if __name__ == "__main__":
-    count.run(main)
+    count.run_script(main)

@@ -172,7 +172,7 @@ def test_text_is_read_as_it_is_and_files_are_kept_apart(tmp_path, contents, text
     paths = [tmp_path / str(i) for i in range(len(contents))]
     for path, content in zip(paths, contents):
         path.write_bytes(content.encode())
-    is_pairs, items = count.read(paths)
+    is_pairs, items = count.read_files(paths)
     assert not is_pairs and "".join(items) == text
 
 
