@@ -43,7 +43,8 @@ def main():
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if WORLD_SIZE > 1:
-        dist.init_process_group()
+        # gloo sums what is on the CPU, as in evaluate().
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU
     note = choose_model(args, device)
     say(note)
