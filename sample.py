@@ -48,7 +48,7 @@ def main():
     p.flag("top_p", 0.95, "sample among the likeliest tokens that together reach this probability", float)
     p.flag("seed", 1337, "random seed", at_least(0, below=2**63))
     p.flag("counts", None, "token counts for --shift", nargs="+", metavar="FILE.npy[:SCALE]")
-    p.flag("shift", None, "add -SHIFT * log(freq) to the logits: PDL's effect without training",
+    p.flag("shift", None, "add -SHIFT * log(freq) to the logits: much like PDL, without training",
            at_least(-100, float, below=100))
     p.flag("device", "auto", "cuda, mps or cpu")
     p.flag("dtype", "auto", "dtype of the model", choices=["auto", "float32", "bfloat16", "float16"])

@@ -429,8 +429,8 @@ def make_parser():
            nargs="+")
     p.add_argument("--rising", action="store_true", help="let alpha rise from 0 to its value over the run")
     p.flag("eps", 1.0, "added to every count (Eq. 3)", not_negative)
-    p.flag("counts", None, "token counts from count.py, added up (default: those of the training text)",
-           os.path.abspath, nargs="+", action="extend", metavar="FILE.npy[:SCALE]")
+    p.flag("counts", None, "token counts from count.py, added up, each times its SCALE (default: those of the "
+           "training text)", os.path.abspath, nargs="+", action="extend", metavar="FILE.npy[:SCALE]")
     p.flag("data", None, "UTF-8 text, or JSON Lines with pairs or documents; - is standard input (default: "
            "Python's language reference)", absolute, nargs="+", action="extend", metavar="FILE")
     p.flag("init_from", None, "a released GPT-2, OWNER/NAME on the hub, or a checkpoint folder (default: "
@@ -440,7 +440,7 @@ def make_parser():
     p.flag("max_iters", 300, "optimizer steps", positive)
     p.flag("batch_size", 16, "sequences per micro-step", positive)
     p.flag("block_size", 256, "tokens in a sequence", at_least(8))
-    p.flag("gradient_accumulation_steps", 1, "micro-steps per step, over all processes", positive)
+    p.flag("gradient_accumulation_steps", 1, "micro-steps per step, shared by all processes", positive)
     p.flag("learning_rate", None, "at its peak (default: 3e-4, below 10M parameters 3e-3)", not_negative)
     p.flag("warmup_iters", 10, "steps over which the learning rate rises", at_least(0))
     p.flag("weight_decay", 0.1, "weight decay of matrices", not_negative)

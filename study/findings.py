@@ -238,7 +238,7 @@ def table_in_short(rerun, llm):
         shown.insert(2, f"{at_equal_cost:.2f}" if (method, base) == (RISING, "plain") else "")
         names = {"plain": "plain", SHIFTED: "shift 0.25", RISING: "rising PDL"}
         rows.append([f"{model}: {names[method]} against {names[base]}", *shown])
-    return table(["", "all tokens, nats", "rare tokens, nats", "rare, at equal cost", "F1 of rare tokens",
+    return table(["", "nats gained, all tokens", "rare tokens", "rare, at equal cost", "F1 of rare tokens",
                   "BLEU-4"], rows)
 
 
@@ -435,9 +435,9 @@ the seeds that both methods have, with its 95% interval (Student's t).
 
 - *BLEU-4* is that of the corpus, on tokens, with one reference each.
 - *Precision*, *recall* and *F1* of rare tokens compare each completion with its reference, as multisets. Rare
-  tokens are those of the last tenth of the training text.
-- *Ended* is the share of completions that end before the limit. *Length* is in lengths of the references.
-  *KL* is between single tokens of completions and of held-out text.
+  tokens are the rarest, a tenth of the training text.
+- *Ended* is the share of completions that end before the limit. *Length* is relative to the references.
+  *KL* compares the token frequencies of completions and of held-out text.
 - *At equal diversity*: each method is a curve of the measure over distinct-2, through its temperatures. The
   difference is the mean distance of two curves where both exist.
 - *Shift x*: -x * log(freq(t)) is added to the logits when sampling.

@@ -20,14 +20,14 @@ PAIRS = (  # a method, and what it is compared with
 
 HEAD = """## On a real language model
 
-`llm.py` finetunes SmolLM2-135M-Instruct in batches of 8 x 256 tokens. All runs are of one device ({device}),
+`llm.py` finetunes SmolLM2-135M-Instruct in batches of 8 x 256 tokens. All runs used one device ({device}),
 with {dtype} products in training. The learning rate falls from 0.0001 to 0 along a cosine. Tokens are the
 model's own, and the counts are those of the training completions. Each run is judged by its last weights.
 *DFT* is Dynamic Fine-Tuning (arXiv 2508.05629): the weight of a target is the model's own probability of it.
 
 *Seeds* is the number of runs behind a number. A difference is paired by seed and comes with its 95% interval.
-It is above 0 if the first method is better or higher. The interval of two seeds is very wide, and one seed
-has none.
+Above 0, the first method is better (or, for diversity, higher). The interval of two seeds is very wide, and
+one seed has none.
 
 """
 
