@@ -429,7 +429,7 @@ def make_parser():
            nargs="+")
     p.add_argument("--rising", action="store_true", help="let alpha rise from 0 to its value over the run")
     p.flag("eps", 1.0, "added to every count (Eq. 3)", not_negative)
-    p.flag("counts", None, "token counts from count.py, added up, each times its SCALE (default: those of the "
+    p.flag("counts", None, "token counts from count.py, added up, each times its SCALE (default: of the "
            "training text)", os.path.abspath, nargs="+", action="extend", metavar="FILE.npy[:SCALE]")
     p.flag("data", None, "UTF-8 text, or JSON Lines with pairs or documents; - is standard input (default: "
            "Python's language reference)", absolute, nargs="+", action="extend", metavar="FILE")
