@@ -55,7 +55,7 @@ def load_tokenizer(name_or_folder):
             raise ValueError("its ids are not in the order of its merges")  # tiktoken merges by id
         used = {*ranks.values(), *added.values()}
         if END_OF_TEXT not in added or used != {*range(len(vocab | added))}:
-            raise ValueError(f"it lacks {END_OF_TEXT}, or has ids or tokens that are never used")
+            raise ValueError(f"it lacks {END_OF_TEXT}, or its ids are not 0, 1, 2, ... with a token each")
         return tiktoken.Encoding(str(folder), pat_str=r50k_pat_str, mergeable_ranks=ranks,
                                  special_tokens=added)
     except Exception as error:  # a stranger's file can hold anything
@@ -93,13 +93,12 @@ def _read_tokenizer(folder):
 
 def encode(text, tokenizer):
     """The tokens of a string: (N,) uint32. An added token stands for itself wherever it is written."""
-    added = sorted(tokenizer.special_tokens_set, key=len, reverse=True)  # the longest first, as Hugging Face
-    parts = re.split(f"({'|'.join(map(re.escape, added))})", text)  # every second one is an added token
+    added = tokenizer._special_tokens  # {token: id}
+    longest_first = sorted(added, key=len, reverse=True)  # as Hugging Face
+    parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", text)
     try:
-        return np.concatenate([
-            np.array([tokenizer._special_tokens[part]], np.uint32) if i % 2
-            else tokenizer.encode_to_numpy(part, disallowed_special=()) for i, part in enumerate(parts)
-        ])
+        return np.concatenate([np.array([added[part]], np.uint32) if part in added
+                               else tokenizer.encode_to_numpy(part, disallowed_special=()) for part in parts])
     except ValueError:  # from its regular expression, or UnicodeEncodeError
         raise ValueError("tiktoken cannot split this text: it has too much white space in a row, or lone "
                          "surrogates") from None
@@ -149,23 +148,23 @@ def read_files(paths):
 
 
 def _items_of_files(paths):
-    previous = None  # the item before
+    previous = None  # the item before; if text, with the end of what came before that
     for path in paths:
         if isinstance(previous, str) and not previous.endswith(END_OF_TEXT):
             yield (previous := END_OF_TEXT)
-        empty = True
+        has_text = False
         try:
             for item in _items_of_file(path):
                 if previous is not None and type(item) is not type(previous):
                     raise ValueError(f"{path}: give either pairs or text, not both")
-                previous = item
-                empty = empty and isinstance(item, str) and not item.removesuffix(END_OF_TEXT).strip()
+                previous = item if isinstance(item, tuple) else (previous or "")[-12:] + item
+                has_text |= isinstance(item, tuple) or item.removesuffix(END_OF_TEXT).strip() != ""
                 yield item
         except UnicodeDecodeError:
             raise ValueError(f"{path} is not UTF-8 text: convert it to UTF-8") from None
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise ValueError(f"{path} is damaged: {error}") from None
-        if empty:
+        if not has_text:
             raise ValueError(f"{path} has no text in it")
 
 
@@ -302,7 +301,7 @@ def _corpus_of_pairs(name, pairs, tokenizer, T):
         n_too_long += len(prompt) + len(completion) > T + 1
         prompt = prompt[-max(1, T + 1 - len(completion)) :]
         pairs_cut.append((prompt.astype(dtype), completion[: T + 1 - len(prompt)].astype(dtype)))
-    if len(number_of) < 10:  # different prompts: hold out every tenth pair
+    if len(number_of) < 10:  # too few different prompts: hold out every tenth pair
         numbers = range(len(pairs_cut))
     training = [pair for number, pair in zip(numbers, pairs_cut) if number % 10 < 9]
     held_out = [pair for number, pair in zip(numbers, pairs_cut) if number % 10 == 9]
@@ -327,7 +326,7 @@ def _corpus_of_pairs(name, pairs, tokenizer, T):
         description += (f"; {n_too_long:,} are longer than --block_size {T}: they lose the start of the "
                         "prompt, then the end of the completion")
     prompt, completion = held_out[0]
-    example = prompt.tolist(), completion[:-1].tolist()  # without the end of text
+    example = prompt.tolist(), [t for t in completion.tolist() if t != tokenizer.eot_token]
     return Corpus(description, T, tokens, carries_loss, starts, rows, rows_loss, example)
 
 

@@ -57,9 +57,9 @@ class Attention(nn.Module):
             cache[:, :, :, pos : pos + T] = torch.stack((k, v))
             k, v = cache[:, :, :, : pos + T]  # (B, n_head, pos + T, C / n_head) each
         dropout = self.dropout.p if self.training else 0.0
-        # is_causal is the causal mask; a single token sees all so far. The cache may be in float32.
-        y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, dropout_p=dropout, is_causal=T > 1)
-        y = y.to(x.dtype).transpose(1, 2).reshape(B, T, C)  # the heads side by side
+        # With a cache, T is 1 after the first call. This newest token sees all keys and needs no causal mask.
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
+        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side
         return self.dropout(self.c_proj(y))
 
 
@@ -141,10 +141,8 @@ class GPT(nn.Module):
 
     def new_cache(self, batch_size, length):
         """Room for the keys and values of length tokens: (n_layer, 2, B, n_head, length, head size)."""
-        c, w = self.config, self.lm_head
-        # On a CPU attention in bfloat16 is slower than in float32.
-        dtype = torch.float32 if w.device.type == "cpu" else w.dtype
-        return w.new_empty(c.n_layer, 2, batch_size, c.n_head, length, c.n_embd // c.n_head, dtype=dtype)
+        c = self.config
+        return self.lm_head.new_empty(c.n_layer, 2, batch_size, c.n_head, length, c.n_embd // c.n_head)
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, logit_bias=None):
@@ -214,7 +212,7 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None):
         logits = logits.masked_fill(logits < least, -torch.inf)
     p = logits.softmax(-1)  # (B, V)
     if top_p is not None:
-        # The likeliest 1,000 tokens mostly suffice. Sorting all of GPT-2's takes longer than the network.
+        # Mostly the likeliest 1,000 tokens reach top_p. To sort all of GPT-2's takes longer than the network.
         for n in min(1000, p.shape[-1]), p.shape[-1]:
             likeliest = p.topk(n).values  # (B, n), the likeliest first
             likelier = likeliest.cumsum(-1) - likeliest  # (B, n), the probability of all likelier tokens
@@ -243,8 +241,8 @@ FIXED = {"model_type": "gpt2", "activation_function": "gelu_new", "scale_attn_we
          "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False, "tie_word_embeddings": True}
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that exists is read
 NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", "lm_head.weight")  # causal masks, and wte once more
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool,
-          "U8": torch.uint8}  # the last two are causal masks'
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "BOOL": torch.bool, "U8": torch.uint8}  # the last two are causal masks'
 
 
 def empty_model(folder):
@@ -271,7 +269,7 @@ def empty_model(folder):
 
 def read_weights(folder, model):
     """The state dict for a GPT from a checkpoint folder, in float32. Raises ValueError."""
-    path = next(folder / name for name in WEIGHTS if (folder / name).exists())
+    path = next((folder / name for name in WEIGHTS if (folder / name).exists()), folder / WEIGHTS[0])
     try:
         if path.suffix == ".bin":  # a stranger's file runs no code
             stored = dict(torch.load(path, map_location="cpu", weights_only=True))
@@ -362,9 +360,9 @@ def checkpoint_folder(name_or_folder, weights=True):
     Raises OSError if there is no such folder or model, ValueError if it is not a GPT-2.
     """
     name = str(name_or_folder)
-    repo = RELEASED.get(name_or_folder, name)  # ./gpt2 and Path("gpt2") are folders, "gpt2" is not
+    repo = RELEASED.get(name_or_folder, name)  # "gpt2" is released, ./gpt2 and Path("gpt2") are folders
     folders = [Path(name)]
-    if repo != name or not Path(name).exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+    if repo != name or (re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not Path(name).exists()):
         own = Path(torch.hub.get_dir(), "pdl", repo.replace("/", "--"))
         folders = own, hub_snapshot(name), hub_snapshot(repo)
         if not any(is_complete(folder, weights) for folder in folders):
@@ -395,7 +393,7 @@ def hub_snapshot(repo):
 
 
 def fetch(name, repo, folder, weights):
-    """Download the files that a folder lacks. Weights come last, so a folder with weights is complete."""
+    """Download the files that a folder lacks. One file of weights comes last: then it is complete."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for file in "config.json", "generation_config.json", *TOKENIZER, *(WEIGHTS if weights else ()):
@@ -405,8 +403,7 @@ def fetch(name, repo, folder, weights):
                 empty_model(folder)  # fails for another network, before much is downloaded
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)  # of a URLError
-        raise OSError(f"{name} is not cached and cannot be downloaded ({reason}): connect, or name a "
-                      "checkpoint folder such as tiny") from None
+        raise OSError(f"{name} is neither a folder nor cached, and cannot be downloaded ({reason})") from None
 
 
 def download(repo, path):

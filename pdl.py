@@ -81,12 +81,12 @@ def pdl_loss(logits, targets, weights, reduction="mean", ignore_index=-100):
 
 
 def _mean(loss, w):
-    # Without any target this is 0 / tiny = 0, where 0 / 0 would be NaN.
-    return loss / w.sum().clamp(min=torch.finfo(w.dtype).tiny)
+    total = w.sum()
+    return loss / torch.where(total > 0, total, 1)  # without any target this is 0 / 1, not 0 / 0
 
 
-def _check(shape, targets, weights, reduction, allowed):
-    *shape, vocab_size = shape  # of the logits
+def _check(logits_shape, targets, weights, reduction, allowed):
+    *shape, vocab_size = logits_shape
     if [*targets.shape] != shape:
         raise ValueError(f"targets have shape {[*targets.shape]}, not {shape} like the input")
     if weights.shape != (vocab_size,):
@@ -100,7 +100,7 @@ def _check(shape, targets, weights, reduction, allowed):
 # ---------------------------------------------------------------------------------------------------------
 # That was the method. The rest computes the same loss in a fraction of the memory.
 
-CHUNK_LOGITS = 26_000_000  # logits in a chunk: 517 rows for GPT-2. Fewer are slower, more are no faster
+CHUNK = 512  # rows whose logits are held at a time: fewer are slower, more are no faster
 
 
 @torch.compiler.disable
@@ -110,13 +110,14 @@ def linear_pdl_loss(hidden, lm_head, targets, weights, reduction="mean", ignore_
     hidden: (..., D), the last hidden states. lm_head: (V, D). reduction: "mean" or "sum". The rest is as in
     pdl_loss. Products run in hidden's dtype, or in autocast's. The gradient of lm_head is summed in float32.
     A frozen lm_head gets no gradient, and costs no time or memory for it. There are no second derivatives.
+    In bfloat16, a target with a probability above 0.998 counts as certain: its loss and gradient are 0.
     """
     _check((*hidden.shape[:-1], len(lm_head)), targets, weights, reduction, ("mean", "sum"))
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:  # which autocast leaves alone
         hidden = hidden.to(torch.get_autocast_dtype(device))
     w = token_weights(targets, weights, ignore_index).to(torch.promote_types(hidden.dtype, torch.float32))
-    # float16 can hold w / largest, but perhaps not w. The padding is for an empty batch.
+    # float16 can hold hidden * w / largest, but perhaps not hidden * w. The padding is for an empty batch.
     largest = F.pad(w.flatten(), (0, 1), value=torch.finfo(w.dtype).tiny).max()
     keep = targets != ignore_index  # a position without loss costs nothing
     if not torch.is_grad_enabled():
@@ -131,8 +132,8 @@ class _ChunkedLoss(torch.autograd.Function):
 
     The loss and its gradient need the same logits. So the forward pass computes both, chunk by chunk, and the
     backward pass only scales the gradients. With p = softmax(logits), the gradient of a row's cross-entropy
-    with respect to its logits is p - onehot(target). A row's weight multiplies its D hidden values, since its
-    V logits are more.
+    with respect to its logits is p - onehot(target). The weights multiply hidden and d_hidden, which have D
+    numbers a row, rather than p, which has V.
     """
 
     @staticmethod
@@ -142,15 +143,14 @@ class _ChunkedLoss(torch.autograd.Function):
         loss = w.new_zeros(())
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         d_head = torch.zeros_like(lm_head, dtype=w.dtype) if ctx.needs_input_grad[1] else None
-        rows = max(1, CHUNK_LOGITS // V)
-        logits_buffer, p_buffer = hidden.new_empty(2, min(rows, N), V)  # for all chunks: allocating is slow
-        for start in range(0, N, rows):
-            chunk = slice(start, start + rows)
+        logits_buffer, p_buffer = hidden.new_empty(2, min(CHUNK, N), V)  # for all chunks: allocating is slow
+        for start in range(0, N, CHUNK):
+            chunk = slice(start, start + CHUNK)
             h, t, row_weights = hidden[chunk], targets[chunk], w[chunk]  # (n, D), (n,), (n,)
             i = torch.arange(len(t), device=t.device)
             logits = torch.mm(h, head.T, out=logits_buffer[: len(t)])  # (n, V)
             p = torch.softmax(logits, dim=-1, out=p_buffer[: len(t)])  # (n, V)
-            # log p[at] = top - logsumexp, so no (n, V) tensor is needed. p[at] >= 1/V, so log is safe.
+            # logsumexp without another (n, V): log p[at] = top - logsumexp. p[at] >= 1/V, so log is safe.
             top, at = logits.max(dim=-1)  # (n,) each
             logsumexp = top.to(w.dtype) - p[i, at].to(w.dtype).log()  # (n,), of the logits
             loss += row_weights @ (logsumexp - logits[i, t].to(w.dtype))
@@ -159,7 +159,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 torch.mm(p, head, out=d_hidden[chunk])
             if d_head is not None:
                 weighted = (h * row_weights[:, None]).to(h.dtype)  # (n, D)
-                # The sum is in float32. In parts of 2,048 tokens, it needs no second (V, D).
+                # d_head += p.T @ weighted, for 2,048 tokens at a time, since that product is (V, D), too.
                 for total, part in zip(d_head.split(2048), p.T.split(2048)):
                     total += part @ weighted
         ctx.save_for_backward(d_hidden, d_head, w)

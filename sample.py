@@ -15,11 +15,11 @@ from model import GPT, pick_device, pick_dtype
 def shift(counts, strength):
     """-strength * log(freq(t)), to be added to the logits: (V,) float32. Unseen tokens count as seen once.
 
-    A plain model predicts the text's distribution p. Eq. 5 is minimal for q, proportional to w(t) p(t). A
-    shift by alpha turns p into q, and a shift by -alpha turns q into p.
+    A plain model predicts the text's distribution p. Eq. 5 is minimal for q(t), proportional to w(t) p(t). As
+    log w(t) is about -alpha * log(freq(t)), a shift by alpha turns p into q, and one by -alpha q into p.
     """
     if counts.max() <= 1:
-        raise ValueError("these are probabilities, but a shift needs counts: count.py makes them")
+        raise ValueError("no token has a count above 1, but a shift needs counts, as count.py makes them")
     return -strength * torch.from_numpy(np.maximum(counts, 1)).log().float()
 
 
@@ -29,6 +29,8 @@ def continue_prompt(model, tokenizer, prompt, length, n=1, logit_bias=None, **ho
     prompt: list of tokens. logit_bias: (n_vocab,). how: temperature, top_k and top_p of GPT.generate.
     """
     V, device = model.config.vocab_size, model.lm_head.device
+    if max(prompt) >= V:
+        raise ValueError(f"the prompt has token {max(prompt)}, but the model has only {V} tokens")
     bias = torch.full((V,), -torch.inf)  # never sample rows of a padded vocabulary
     bias[: tokenizer.n_vocab] = 0 if logit_bias is None else logit_bias
     idx = torch.tensor([prompt] * n, device=device)  # (n, T)

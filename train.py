@@ -50,6 +50,10 @@ def main():
     say(note)
     tokenizer = count.load_tokenizer(args.init_from)
     corpus = count.load_corpus(args.data, tokenizer, args.block_size, args.counts)
+    for alpha in args.alpha:  # refuse what would fail hours later
+        pdl_weights(corpus.freq, alpha, args.eps)
+        if alpha and 0 in args.alpha:
+            shift(corpus.freq, alpha)
     reports = []
     try:
         for alpha in args.alpha:
@@ -74,7 +78,7 @@ def main():
 
 
 def finetune(args, alpha, folder, device, tokenizer, corpus):
-    """One run, from the pretrained model or from its last save: returns its report."""
+    """One run, from the pretrained model or its last save. Returns its report. Alpha 0 also tries shifts."""
     if report := finished(folder, args):
         return report
     model = load_model(args, tokenizer, device)
@@ -90,7 +94,7 @@ def finetune(args, alpha, folder, device, tokenizer, corpus):
     wrapped = torch.compile(model) if args.compile else model
     if WORLD_SIZE > 1:
         wrapped = DistributedDataParallel(wrapped)
-    step = resumed_at or 0
+    step = resumed_at or 0  # a step that was saved has been evaluated
     logged = time.time(), step  # when the last line of the log was written, and its step
 
     while True:
@@ -160,7 +164,7 @@ def choose_model(args, device):
             if args.init_from:
                 raise
             name = str(TINY)
-            note = f"NOTE: {str(error).partition(': connect')[0]}; tiny/ (4M parameters) takes its place"
+            note = f"NOTE: {error}; tiny/ (4M parameters) takes its place"
     choice = [name, note, dtype]
     if WORLD_SIZE > 1:
         dist.broadcast_object_list(choice)
@@ -234,7 +238,7 @@ def evaluate(args, model, corpus, weights, device, logit_bias=None):
     n_rows = args.eval_iters * args.batch_size * args.gradient_accumulation_steps
     rows = np.unique(np.linspace(0, len(corpus.held_out) - 1, n_rows).astype(int))[RANK::WORLD_SIZE]
     bands = torch.from_numpy(corpus.bands)
-    # By band: targets, their cross-entropy, right predictions, their weights, their weighted cross-entropy.
+    # By band: number of targets; sums of cross-entropy, right predictions, weights, weighted cross-entropy.
     sums = torch.zeros(5, 3, dtype=torch.float64)
     model.eval()
     for i in range(0, len(rows), args.batch_size):
@@ -355,17 +359,18 @@ NOT_EMPTY = "{} is not an empty folder: --resume its run, or name another --out_
 
 
 def claim(folder, args, alpha, corpus):
-    """Create the folder of a run. The first run of a command claims --out_dir for all of them."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Create the folder of a run. The first alpha also claims --out_dir, against a second command."""
+    if (folder / "model.safetensors").exists():
+        raise ValueError(f"{folder} has a model, but no resume.pt to go on from: name another --out_dir")
     flags = Path(args.out_dir, "args.json")
-    if args.resume:
-        write_json(flags, flags_of(args))
-    elif alpha == args.alpha[0]:
-        try:  # only one process can create a file
-            with open(flags, "x", encoding="utf-8") as file:
-                json.dump(flags_of(args), file, indent=2)
+    flags.parent.mkdir(parents=True, exist_ok=True)
+    if alpha == args.alpha[0] and not args.resume:
+        try:
+            flags.touch(exist_ok=False)  # of two commands at once, one fails
         except FileExistsError:
             raise ValueError(NOT_EMPTY.format(args.out_dir)) from None
+    write_json(flags, flags_of(args))
+    folder.mkdir(exist_ok=True)
     (folder / "log.jsonl").unlink(missing_ok=True)
     source = checkpoint_folder(args.init_from, weights=False)
     for name in TOKENIZER:
@@ -375,7 +380,7 @@ def claim(folder, args, alpha, corpus):
 
 
 def save(folder, model, optimizer, **state):
-    """Write resume.pt, then the model if it is the best. If killed in between, resume writes the model."""
+    """Write resume.pt, then the model if it is the first or the best. resume() does it again if killed."""
     if RANK == 0:
         state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
                   "log_bytes": (folder / "log.jsonl").stat().st_size}
@@ -472,7 +477,7 @@ def parse_args():
             had = json.loads((out / "args.json").read_bytes())
         except (OSError, ValueError):
             p.error(f"--resume: {out} has no run, or its args.json is damaged")
-        p.set_defaults(**dict.fromkeys(had))  # now a flag is None unless it is given
+        p.set_defaults(**dict.fromkeys(had))  # so that parsing again shows which flags were given
         given = {name: value for name, value in vars(p.parse_args()).items() if value is not None}
         for name in (had.keys() & given.keys()) - {"max_iters"}:
             if given[name] != had[name]:

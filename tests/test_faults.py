@@ -153,7 +153,7 @@ def test_resume_refuses_another_run(train, resume, one_line, text):
 # --- nothing of the user's is touched ---
 
 
-def test_a_folder_that_is_not_empty_is_refused(train, one_line, text):
+def test_a_folder_that_is_not_empty_is_refused(train, resume, one_line, text):
     train("--max_iters", 1, "--alpha", 0, 1, "--out_dir", "series")
     (text / "series/alpha-0/resume.pt").unlink()  # people do, as it is the largest file
     (text / "mine").mkdir()
@@ -162,6 +162,9 @@ def test_a_folder_that_is_not_empty_is_refused(train, one_line, text):
         before = files(text / folder)
         one_line(train("--max_iters", 1, "--out_dir", folder, *flags, ok=False), Path(folder).name)
         assert files(text / folder) == before
+    before = files(text / "series/alpha-0")
+    one_line(resume("--max_iters", 2, "--out_dir", "series", ok=False), "resume.pt")
+    assert files(text / "series/alpha-0") == before
 
 
 def test_of_two_runs_at_once_in_one_folder_one_is_refused(train, one_line, text, losses, monkeypatch):
@@ -238,8 +241,8 @@ MISTAKES = [  # script, status, what the line names, flags
     ("train.py", 1, "--out_dir", ["--out_dir", ""]),
     *(("train.py", 1, "--block_size", ["--block_size", size]) for size in ("300", "4000")),
     ("train.py", 1, "eps", ["--eps", "0", "--counts", "half.npy"]),
-    ("train.py", 1, "alpha", ["--alpha", "30"]),
-    ("train.py", 1, "counts", ["--alpha", "0", "0.5", "--counts", "probabilities.npy"]),
+    ("train.py", 1, "alpha", ["--alpha", "0.5", "30"]),
+    ("train.py", 1, "counts", ["--alpha", "0.5", "0", "--counts", "probabilities.npy"]),
     *(("sample.py", 2, flag, [flag, value]) for flag, value in [
         ("--temperature", "nan"), ("--temperature", "-1"), ("--seed", "-1"), ("--top_p", "0"),
         ("--top_k", "0"), ("--shift", "1")]),
