@@ -157,7 +157,7 @@ def _items_of_files(paths):
             for item in _items_of_file(path):
                 if previous is not None and type(item) is not type(previous):
                     raise ValueError(f"{path}: give either pairs or text, not both")
-                previous = item if isinstance(item, tuple) else (previous or "")[-12:] + item
+                previous = item if isinstance(item, tuple) else (previous or "")[-len(END_OF_TEXT) :] + item
                 has_text |= isinstance(item, tuple) or item.removesuffix(END_OF_TEXT).strip() != ""
                 yield item
         except UnicodeDecodeError:

@@ -212,7 +212,7 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None):
         logits = logits.masked_fill(logits < least, -torch.inf)
     p = logits.softmax(-1)  # (B, V)
     if top_p is not None:
-        # Mostly the likeliest 1,000 tokens reach top_p. To sort all of GPT-2's takes longer than the network.
+        # The likeliest 1,000 tokens usually reach top_p. To sort all 50,257 takes longer than the network.
         for n in min(1000, p.shape[-1]), p.shape[-1]:
             likeliest = p.topk(n).values  # (B, n), the likeliest first
             likelier = likeliest.cumsum(-1) - likeliest  # (B, n), the probability of all likelier tokens
@@ -242,7 +242,7 @@ FIXED = {"model_type": "gpt2", "activation_function": "gelu_new", "scale_attn_we
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that exists is read
 NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", "lm_head.weight")  # causal masks, and wte once more
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "BOOL": torch.bool, "U8": torch.uint8}  # the last two are causal masks'
+          "BOOL": torch.bool, "U8": torch.uint8}  # the last two are for causal masks
 
 
 def empty_model(folder):
@@ -393,7 +393,7 @@ def hub_snapshot(repo):
 
 
 def fetch(name, repo, folder, weights):
-    """Download the files that a folder lacks. One file of weights comes last: then it is complete."""
+    """Download the files that a folder lacks. Weights come last, so a folder with weights is complete."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for file in "config.json", "generation_config.json", *TOKENIZER, *(WEIGHTS if weights else ()):
@@ -466,4 +466,4 @@ def pick_dtype(name, device, sampling=False):
         a, b = torch.ones(512, 768, dtype=dtype), torch.ones(768, 3072, dtype=dtype)
         return Timer("a @ b", globals={"a": a, "b": b}).timeit(5).mean
 
-    return min(torch.float32, torch.bfloat16, key=seconds)
+    return torch.bfloat16 if 1.5 * seconds(torch.bfloat16) < seconds(torch.float32) else torch.float32

@@ -50,15 +50,14 @@ def main():
     say(note)
     tokenizer = count.load_tokenizer(args.init_from)
     corpus = count.load_corpus(args.data, tokenizer, args.block_size, args.counts)
-    for alpha in args.alpha:  # refuse what would fail hours later
-        pdl_weights(corpus.freq, alpha, args.eps)
-        if alpha and 0 in args.alpha:
-            shift(corpus.freq, alpha)
+    for alpha in args.alpha:
+        pdl_weights(corpus.freq, alpha, args.eps)  # fails now rather than after the runs before
+    shifts = {f"{a:g}": shift(corpus.freq, a) for a in args.alpha if a and 0 in args.alpha}  # (V,) each
     reports = []
     try:
         for alpha in args.alpha:
             folder = Path(args.out_dir, f"alpha-{alpha:g}" if len(args.alpha) > 1 else "")
-            reports.append(finetune(args, alpha, folder, device, tokenizer, corpus))
+            reports.append(finetune(args, alpha, folder, device, tokenizer, corpus, shifts))
             say(table_of_run(reports[-1]))
     except KeyboardInterrupt:
         if Path(args.out_dir, "args.json").exists():
@@ -77,14 +76,13 @@ def main():
         dist.destroy_process_group()
 
 
-def finetune(args, alpha, folder, device, tokenizer, corpus):
-    """One run, from the pretrained model or its last save. Returns its report. Alpha 0 also tries shifts."""
+def finetune(args, alpha, folder, device, tokenizer, corpus, shifts):
+    """One run, from the pretrained model or its last save. Returns its report."""
     if report := finished(folder, args):
         return report
     model = load_model(args, tokenizer, device)
     optimizer = make_optimizer(args, model)
     final_weights = step_weights(args.max_iters, alpha, args, corpus, model)  # (V,)
-    shifts = {} if alpha else {f"{a:g}": shift(corpus.freq, a) for a in args.alpha if a}  # (V,) each
     before = best = resumed_at = None  # before and best: evaluate() before training and of the best model
     if args.resume and (folder / "resume.pt").exists():
         resumed_at, before, best = resume(folder, args, model, optimizer, corpus.digest)
@@ -142,7 +140,8 @@ def finetune(args, alpha, folder, device, tokenizer, corpus):
     if WORLD_SIZE > 1:
         dist.barrier()  # until rank 0 has saved it
     model.load_state_dict(read_weights(folder, model))
-    shifted = {x: evaluate(args, model, corpus, final_weights, device, bias) for x, bias in shifts.items()}
+    shifted = {x: evaluate(args, model, corpus, final_weights, device, bias)
+               for x, bias in shifts.items() if alpha == 0}
     report = {"alpha": alpha, "args": vars(args), "before": before, "after": best, "shifted": shifted,
               "sample": sample_text(args, model, tokenizer, corpus)}
     if RANK == 0:
@@ -249,7 +248,7 @@ def evaluate(args, model, corpus, weights, device, logit_bias=None):
             for h, t in zip(hidden.split(512), y[keep].split(512)):  # to save memory
                 logits = F.linear(h, model.lm_head).float()  # (512, V)
                 if logit_bias is not None:
-                    logits[:, : len(logit_bias)] += logit_bias.to(device)  # the padding has none
+                    logits[:, : len(logit_bias)] += logit_bias.to(device)  # padding has no bias
                 ce = F.cross_entropy(logits, t.to(device), reduction="none").cpu().double()
                 right, w = (logits.argmax(-1).cpu() == t).double(), weights[t].double()
                 sums.index_add_(1, bands[t], torch.stack((torch.ones_like(ce), ce, right, w, w * ce)))
@@ -360,8 +359,6 @@ NOT_EMPTY = "{} is not an empty folder: --resume its run, or name another --out_
 
 def claim(folder, args, alpha, corpus):
     """Create the folder of a run. The first alpha also claims --out_dir, against a second command."""
-    if (folder / "model.safetensors").exists():
-        raise ValueError(f"{folder} has a model, but no resume.pt to go on from: name another --out_dir")
     flags = Path(args.out_dir, "args.json")
     flags.parent.mkdir(parents=True, exist_ok=True)
     if alpha == args.alpha[0] and not args.resume:
@@ -369,6 +366,8 @@ def claim(folder, args, alpha, corpus):
             flags.touch(exist_ok=False)  # of two commands at once, one fails
         except FileExistsError:
             raise ValueError(NOT_EMPTY.format(args.out_dir)) from None
+    if (folder / "model.safetensors").exists():
+        raise ValueError(f"{folder} has a model, but no resume.pt to go on from: name another --out_dir")
     write_json(flags, flags_of(args))
     folder.mkdir(exist_ok=True)
     (folder / "log.jsonl").unlink(missing_ok=True)
@@ -380,7 +379,7 @@ def claim(folder, args, alpha, corpus):
 
 
 def save(folder, model, optimizer, **state):
-    """Write resume.pt, then the model if it is the first or the best. resume() does it again if killed."""
+    """Write resume.pt, then the model if it is the first or the best. After a kill, resume() does both."""
     if RANK == 0:
         state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
                   "log_bytes": (folder / "log.jsonl").stat().st_size}

@@ -458,7 +458,8 @@ Here `eps` is 1, and each model has the best weights of its run by held-out PDL,
 `rerun.json` has {n} entries: four tasks, four methods and five seeds make 80. They are of commit 9c34f67, but
 for the language reference of commit 601d4cb, since which a text is split as it is today. Each row is a
 difference between two methods, above 0 if the first is better: in nats of held-out cross-entropy, or in F1
-and BLEU-4 at equal diversity. *In the record* is the same difference in study.json, on average over the four tasks.
+and BLEU-4 at equal diversity. *In the record* is the same difference in study.json, on average over the four
+tasks.
 
 """
 CLAIMED = """## The paper's claims

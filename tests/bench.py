@@ -87,7 +87,7 @@ def loss(ours, dtype, frozen=False):
 
 
 def training(ours):
-    """Tokens a second of training steps, and the peak. On a GPU both are compiled, as nanoGPT's default is."""
+    """Tokens a second of training steps, and the peak. On a GPU both are compiled, as nanoGPT by default."""
     torch.manual_seed(0)
     nanogpt_on_cpu = not ours and DEVICE == "cpu"
     if not nanogpt_on_cpu:

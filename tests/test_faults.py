@@ -203,7 +203,7 @@ def test_a_loss_that_became_nan_ends_the_run_with_good_weights(train, one_line, 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process cannot be kept from memory")
 def test_out_of_memory_names_the_flags(train, one_line):
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0])
     with limited("RLIMIT_AS", pages * os.sysconf("SC_PAGE_SIZE") + 2**30):
         one_line(train("--batch_size", 40_000, ok=False), "--batch_size")
 

@@ -85,7 +85,8 @@ def test_an_interval_is_students():
 def test_the_results_are_written_from_the_runs(root, record):
     rerun, llm = (json.loads(path.read_bytes()) if path.exists() else {}
                   for path in (study.RERUN, findings.LLM))
-    assert findings.results_page(record, rerun, llm) == (root / "study/results.md").read_text(encoding="utf-8")
+    page = (root / "study/results.md").read_text(encoding="utf-8")
+    assert findings.results_page(record, rerun, llm) == page
 
 
 def test_new_runs_have_a_section_of_their_own(record):
