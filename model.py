@@ -211,27 +211,16 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None):
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
         logits = logits.masked_fill(logits < least, -torch.inf)
     p = logits.softmax(-1)  # (B, V)
-    if top_p is not None:
-        # The likeliest 1,000 tokens usually reach top_p. To sort all 50,257 takes longer than the network.
-        for n in min(1000, p.shape[-1]), p.shape[-1]:
-            likeliest = p.topk(n).values  # (B, n), the likeliest first
-            likelier = likeliest.cumsum(-1) - likeliest  # (B, n), the probability of all likelier tokens
-            if likelier[:, -1].min() >= top_p:
-                break
-        n_kept = (likelier < top_p).sum(-1, keepdim=True).clamp(min=1)  # (B, 1)
-        p = p.masked_fill(p < likeliest.gather(1, n_kept - 1), 0)
-    return draw(p)
-
-
-def draw(p):
-    """An index for each row of probabilities (B, n): (B,)."""
-    if p.device.type != "cpu":
+    if top_p is None:
         return torch.multinomial(p, 1)[:, 0]
-    # On a CPU multinomial takes a tenth of GPT-2's time, because it draws a number for each token. One is
-    # enough. The sum is in float64, to keep the small probabilities of rare tokens.
-    cdf = p.cumsum(-1, dtype=torch.float64)
-    u = torch.rand(len(p), 1, dtype=torch.float64) * cdf[:, -1:]
-    return torch.searchsorted(cdf, u, right=True)[:, 0]
+    # The likeliest 1,000 tokens usually reach top_p. To sort all 50,257 takes longer than the network.
+    for n in min(1000, p.shape[-1]), p.shape[-1]:
+        likeliest, tokens = p.topk(n)  # (B, n) each, the likeliest first
+        likelier = likeliest.cumsum(-1) - likeliest  # (B, n), the probability of all likelier tokens
+        if likelier[:, -1].min() >= top_p:
+            break
+    likeliest[:, 1:][likelier[:, 1:] >= top_p] = 0  # the first token always stays
+    return tokens.gather(1, torch.multinomial(likeliest, 1))[:, 0]
 
 
 # --- checkpoint folders: config.json, model.safetensors and the tokenizer's files ---

@@ -13,14 +13,13 @@ from model import GPT, pick_device, pick_dtype
 
 
 def shift(counts, strength):
-    """-strength * log(freq(t)), to be added to the logits: (V,) float32. Unseen tokens count as seen once.
+    """-strength * log(freq(t)), to be added to the logits: (V,) float32. Unseen tokens count as the rarest.
 
     A plain model predicts the text's distribution p. Eq. 5 is minimal for q(t), proportional to w(t) p(t). As
     log w(t) is about -alpha * log(freq(t)), a shift by alpha turns p into q, and one by -alpha q into p.
     """
-    if counts.max() <= 1:
-        raise ValueError("no token has a count above 1, but a shift needs counts, as count.py makes them")
-    return -strength * torch.from_numpy(np.maximum(counts, 1)).log().float()
+    freq = np.maximum(counts, counts[counts > 0].min())
+    return -strength * torch.from_numpy(freq).log().float()
 
 
 def continue_prompt(model, tokenizer, prompt, length, n=1, logit_bias=None, **how):

@@ -52,12 +52,11 @@ def main():
     corpus = count.load_corpus(args.data, tokenizer, args.block_size, args.counts)
     for alpha in args.alpha:
         pdl_weights(corpus.freq, alpha, args.eps)  # fails now rather than after the runs before
-    shifts = {f"{a:g}": shift(corpus.freq, a) for a in args.alpha if a and 0 in args.alpha}  # (V,) each
     reports = []
     try:
         for alpha in args.alpha:
             folder = Path(args.out_dir, f"alpha-{alpha:g}" if len(args.alpha) > 1 else "")
-            reports.append(finetune(args, alpha, folder, device, tokenizer, corpus, shifts))
+            reports.append(finetune(args, alpha, folder, device, tokenizer, corpus))
             say(table_of_run(reports[-1]))
     except KeyboardInterrupt:
         if Path(args.out_dir, "args.json").exists():
@@ -76,34 +75,33 @@ def main():
         dist.destroy_process_group()
 
 
-def finetune(args, alpha, folder, device, tokenizer, corpus, shifts):
+def finetune(args, alpha, folder, device, tokenizer, corpus):
     """One run, from the pretrained model or its last save. Returns its report."""
-    if report := finished(folder, args):
-        return report
     model = load_model(args, tokenizer, device)
     optimizer = make_optimizer(args, model)
     final_weights = step_weights(args.max_iters, alpha, args, corpus, model)  # (V,)
-    before = best = resumed_at = None  # before and best: evaluate() before training and of the best model
+    start, before, best = 0, None, None  # the step, and evaluate() before training and of the best model
     if args.resume and (folder / "resume.pt").exists():
-        resumed_at, before, best = resume(folder, args, model, optimizer, corpus.digest)
+        start, before, best = resume(folder, args, model, optimizer, corpus.digest)
     elif RANK == 0:
         claim(folder, args, alpha, corpus)
-    introduce(args, alpha, folder, device, model, corpus, resumed_at)
+    introduce(args, alpha, folder, device, model, corpus, start)
     wrapped = torch.compile(model) if args.compile else model
     if WORLD_SIZE > 1:
         wrapped = DistributedDataParallel(wrapped)
-    step = resumed_at or 0  # a step that was saved has been evaluated
-    logged = time.time(), step  # when the last line of the log was written, and its step
+    step, logged = start, None  # logged: when the last line of the log was written, and its step
 
     while True:
-        if step != resumed_at and (step % args.eval_interval == 0 or step == args.max_iters):
+        if step % args.eval_interval == 0 or step in (start, args.max_iters):
+            save(folder, model, optimizer, step=step, before=before, best=best, digest=corpus.digest)
             result = {"iter": step} | evaluate(args, model, corpus, final_weights, device)
             say(f"step {step}: held-out cross-entropy {result['val_ce']:.4f}, PDL {result['val_pdl']:.4f}")
             log(folder, iter=step, val_ce=result["val_ce"], val_pdl=result["val_pdl"])  # raises if NaN
             before = before or result
-            if step > 0 and (best is None or result["val_pdl"] < best["val_pdl"]):
+            if best is None or result["val_pdl"] < best["val_pdl"]:
                 best = result
-            save(folder, model, optimizer, step=step, before=before, best=best, digest=corpus.digest)
+                if RANK == 0:
+                    model.save_pretrained(folder)
             logged = time.time(), step
         if step == args.max_iters:
             break
@@ -140,9 +138,9 @@ def finetune(args, alpha, folder, device, tokenizer, corpus, shifts):
     if WORLD_SIZE > 1:
         dist.barrier()  # until rank 0 has saved it
     model.load_state_dict(read_weights(folder, model))
-    shifted = {x: evaluate(args, model, corpus, final_weights, device, bias)
-               for x, bias in shifts.items() if alpha == 0}
-    report = {"alpha": alpha, "args": vars(args), "before": before, "after": best, "shifted": shifted,
+    shifted = {f"{a:g}": evaluate(args, model, corpus, final_weights, device, shift(corpus.freq, a))
+               for a in args.alpha if alpha == 0 and a > 0}
+    report = {"alpha": alpha, "args": flags_of(args), "before": before, "after": best, "shifted": shifted,
               "sample": sample_text(args, model, tokenizer, corpus)}
     if RANK == 0:
         write_json(folder / "report.json", report)
@@ -283,7 +281,7 @@ def say(text):
         print(text, flush=True)
 
 
-def introduce(args, alpha, folder, device, model, corpus, resumed_at):
+def introduce(args, alpha, folder, device, model, corpus, start):
     size = sum(p.numel() for p in model.parameters()) / 1e6
     ranks = f", {WORLD_SIZE} processes" if WORLD_SIZE > 1 else ""
     n = args.batch_size * args.gradient_accumulation_steps
@@ -292,8 +290,8 @@ def introduce(args, alpha, folder, device, model, corpus, resumed_at):
         f"loss:  PDL, alpha {'rising from 0 to ' if args.rising else ''}{alpha:g}, eps {args.eps:g}\n"
         f"run:   {args.max_iters} steps of {n} x {args.block_size} tokens, learning rate "
         f"{args.learning_rate:g}, into {folder}/")
-    if resumed_at is not None:
-        say(f"resuming at step {resumed_at}")
+    if start > 0:
+        say(f"resuming at step {start}")
 
 
 def log_step(args, folder, step, loss, logged):
@@ -311,8 +309,8 @@ def log_step(args, folder, step, loss, logged):
 def log(folder, **entry):
     """Add a line to log.jsonl. Raises ValueError if a number is NaN or infinite."""
     if not all(map(math.isfinite, entry.values())):
-        raise ValueError(f"the loss became NaN at step {entry['iter']}; {folder} keeps the last save. Start "
-                         "again with a lower --learning_rate and another --out_dir")
+        raise ValueError(f"the loss became NaN at step {entry['iter']}; {folder} keeps the best model. "
+                         "Start again with a lower --learning_rate and another --out_dir")
     if RANK == 0:
         with open(folder / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
@@ -370,7 +368,7 @@ def claim(folder, args, alpha, corpus):
         raise ValueError(f"{folder} has a model, but no resume.pt to go on from: name another --out_dir")
     write_json(flags, flags_of(args))
     folder.mkdir(exist_ok=True)
-    (folder / "log.jsonl").unlink(missing_ok=True)
+    (folder / "log.jsonl").write_bytes(b"")
     source = checkpoint_folder(args.init_from, weights=False)
     for name in TOKENIZER:
         if (source / name).exists():
@@ -379,17 +377,15 @@ def claim(folder, args, alpha, corpus):
 
 
 def save(folder, model, optimizer, **state):
-    """Write resume.pt, then the model if it is the first or the best. After a kill, resume() does both."""
+    """Write resume.pt. A run that resumes from it evaluates this step first."""
     if RANK == 0:
         state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
                   "log_bytes": (folder / "log.jsonl").stat().st_size}
         write_safely(folder / "resume.pt", lambda path: torch.save(state, path))
-        if state["best"] is None or state["best"]["iter"] == state["step"]:
-            model.save_pretrained(folder)
 
 
 def resume(folder, args, model, optimizer, digest):
-    """Load resume.pt. Returns its step, and the evaluations before training and of the best model."""
+    """Load resume.pt. Returns its step, and the evaluations before training and of the best model so far."""
     try:
         state = dict(torch.load(folder / "resume.pt", map_location="cpu", weights_only=True))
     except Exception as error:
@@ -403,19 +399,8 @@ def resume(folder, args, model, optimizer, digest):
     optimizer.load_state_dict(state["optimizer"])
     if RANK == 0:
         os.truncate(folder / "log.jsonl", state["log_bytes"])  # what came after the save is trained again
-        (folder / "report.json").unlink(missing_ok=True)
         write_json(Path(args.out_dir, "args.json"), flags_of(args))
-        save(folder, model, optimizer, step=step, before=before, best=best, digest=digest)
     return step, before, best
-
-
-def finished(folder, args):
-    """The report of a run that needs no more steps, or None."""
-    if args.resume and (folder / "report.json").exists():
-        report = json.loads((folder / "report.json").read_bytes())
-        if report["args"]["max_iters"] == args.max_iters:
-            say(f"{folder} is finished; to train on, give a larger --max_iters")
-            return report
 
 
 def flags_of(args):

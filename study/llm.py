@@ -38,7 +38,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import study
 from count import load_corpus
-from model import draw, line_of, pick_device, pick_dtype, write_safely
+from model import line_of, pick_device, pick_dtype, write_safely
 from pdl import linear_pdl_loss, pdl_weights
 from sample import shift
 from study import LENGTH, RISING, SEEDS, name_of
@@ -171,7 +171,8 @@ def complete(model, prompts, seed, eot, bias):
         rows = torch.arange(len(idx), device=device)  # those in the cache
         for t in range(lengths[0], room):
             logits = (model.lm_head(hidden) + bias) / temperature[rows, None]  # (rows, V)
-            tokens = torch.where(t < n[rows], idx[rows, t], draw(logits.softmax(-1)))  # (rows,)
+            drawn = torch.multinomial(logits.softmax(-1), 1)[:, 0]  # (rows,)
+            tokens = torch.where(t < n[rows], idx[rows, t], drawn)  # (rows,)
             idx[rows, t] = tokens
             stops = (tokens == eot) & (t >= n[rows])  # (rows,)
             end[rows] = end[rows].minimum(torch.where(stops, t, room))

@@ -163,7 +163,8 @@ def finetune(task, method, seed, file, out):
     command += ["--data", file] if file else []
     command += ["--resume"] if (folder / "args.json").exists() else []
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(list(map(str, command)), env=env, stdout=subprocess.DEVNULL, check=True)
+    if not (folder / "report.json").exists():  # else it is finished
+        subprocess.run(list(map(str, command)), env=env, stdout=subprocess.DEVNULL, check=True)
     (folder / "resume.pt").unlink(missing_ok=True)  # only an unfinished run needs it, and it is large
     return folder
 

@@ -105,9 +105,9 @@ def test_a_series_goes_on_where_it_was_stopped(train, resume, text, killed_at, m
     killed_at(moment, 1)
     train(*flags, ok=False)
     first = text / "out/alpha-0.5"
-    finished, before = (first / "report.json").exists(), files(first)
+    before = (first / "model.safetensors").read_bytes() if (first / "report.json").exists() else None
     out = resume().stdout
-    assert (files(first) == before) == finished  # what is finished is not trained again
+    assert before in (None, (first / "model.safetensors").read_bytes())  # what is finished stays
     table = whole[whole.rindex("alpha   ") : whole.index("now:")]
     assert table.count("\n") == 5 and table in out
 
@@ -122,10 +122,12 @@ def test_ctrl_c_ends_without_a_traceback_and_stops_a_shell_loop(start, until, sm
     assert "python train.py --resume --out_dir 'my out'" in stdout
 
 
-def test_a_finished_run_says_so_and_can_be_trained_on(train, resume, text, losses, report):
+def test_a_finished_run_stays_as_it_is_and_can_be_trained_on(train, resume, text, losses, report):
     train("--max_iters", 2)
-    before = files(text / "out")
-    assert "is finished" in resume().stdout and files(text / "out") == before
+    names = "report.json", "log.jsonl", "args.json", "model.safetensors"
+    before = [(text / "out" / name).read_bytes() for name in names]
+    resume()
+    assert [(text / "out" / name).read_bytes() for name in names] == before
     resume("--max_iters", 3)
     assert list(losses(text / "out")) == [1, 2, 3] and report(text / "out")["after"]["iter"] == 3
 
@@ -198,7 +200,6 @@ def test_a_loss_that_became_nan_ends_the_run_with_good_weights(train, one_line, 
     flags = "--max_iters", 20, "--learning_rate", 1e30, "--warmup_iters", 0, "--log_interval", 50
     one_line(train(*flags, "--eval_interval", 5, ok=False), "--learning_rate")
     assert all(w.isfinite().all() for w in GPT.from_pretrained(text / "out").state_dict().values())
-    assert torch.load(text / "out/resume.pt", weights_only=True)["step"] == 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process cannot be kept from memory")
@@ -242,7 +243,6 @@ MISTAKES = [  # script, status, what the line names, flags
     *(("train.py", 1, "--block_size", ["--block_size", size]) for size in ("300", "4000")),
     ("train.py", 1, "eps", ["--eps", "0", "--counts", "half.npy"]),
     ("train.py", 1, "alpha", ["--alpha", "0.5", "30"]),
-    ("train.py", 1, "counts", ["--alpha", "0.5", "0", "--counts", "probabilities.npy"]),
     *(("sample.py", 2, flag, [flag, value]) for flag, value in [
         ("--temperature", "nan"), ("--temperature", "-1"), ("--seed", "-1"), ("--top_p", "0"),
         ("--top_k", "0"), ("--shift", "1")]),
@@ -251,7 +251,6 @@ MISTAKES = [  # script, status, what the line names, flags
     *(("sample.py", 1, value, [flag, value]) for flag, value in [
         ("--init_from", "none"), ("--init_from", "gpt2"), ("--device", "cuda:99")]),
     ("sample.py", 1, "none.npy", [*SHIFT, "none.npy"]),
-    ("sample.py", 1, "counts", [*SHIFT, "probabilities.npy"]),
     ("count.py", 2, "text.txt", ["-o", "text.txt"]),
 ]
 
@@ -262,7 +261,6 @@ def test_a_mistake_ends_in_one_line(run, one_line, small, text, pairs, tiny, scr
     np.save(text / "short.npy", np.ones(50257, int))
     np.save(text / "negative.npy", -np.ones(4096))
     np.save(text / "half.npy", np.arange(4096) % 2)
-    np.save(text / "probabilities.npy", np.full(4096, 1 / 4096))
     before = files(text)
     begin = {"train.py": small, "sample.py": ["--init_from", tiny], "count.py": ["text.txt"]}[script]
     one_line(run(script, *begin, *flags, cwd=text, ok=False), culprit, status=status)

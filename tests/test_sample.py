@@ -33,11 +33,12 @@ def test_an_empty_prompt_or_an_end_of_text_starts_a_new_text(write, tiny, tokeni
 
 
 def test_shift_has_the_effect_of_the_weights(write, tiny, tokenizer, tmp_path):
-    """Eq. 5 is minimized by q(t) ~ w(t) p(t), and the shift makes this q of p. Unseen counts as seen once."""
+    """Eq. 5 is minimized by q(t) ~ w(t) p(t), and the shift makes this q of p. Unseen is the rarest."""
     counts = np.random.default_rng(0).integers(0, 10**6, 4096)
     counts[:5] = 0
+    counts[5] = 30
     np.save(tmp_path / "counts.npy", counts)
-    w = pdl_weights(np.maximum(counts, 1), 0.5, eps=0)
+    w = pdl_weights(np.maximum(counts, 30), 0.5, eps=0)
     model, tokens = GPT.from_pretrained(tiny).eval(), tokenizer.encode_ordinary("The")
     with torch.no_grad():
         for _ in range(8):  # one greedy token after another
