@@ -202,28 +202,33 @@ def _item_of_line(path, number, line):
 
 
 @dataclass
+class Sequences:
+    """Sequences of T + 1 tokens in one array of tokens. Each starts stride tokens after the one before."""
+
+    tokens: np.ndarray  # (N,)
+    carries_loss: np.ndarray  # (N,) bool: all of a text, only the completions of pairs
+    T: int
+    stride: int
+
+    def __len__(self):
+        return (len(self.tokens) - self.T - 1) // self.stride + 1
+
+    def __getitem__(self, indices):
+        """Inputs x and targets y of some sequences: (n, T) int64 each. y is -100 where there is no loss."""
+        at = np.asarray(indices)[:, None] * self.stride + np.arange(self.T + 1)  # (n, T + 1)
+        tokens = self.tokens[at].astype(np.int64)
+        return tokens[:, :-1], np.where(self.carries_loss[at], tokens, -100)[:, 1:]
+
+
+@dataclass
 class Corpus:
     """Text or pairs as tokens, split into a training part and a held-out tenth."""
 
     description: str
-    block_size: int  # T, tokens in a sequence
-    tokens: np.ndarray  # (N,), the training part
-    carries_loss: np.ndarray  # (N,) bool: all of a text, only the completions of pairs
-    starts: range | np.ndarray  # where a training sequence may start
-    held_out: np.ndarray  # (W, T + 1), rows that have each held-out target once
-    held_out_carries_loss: np.ndarray  # (W, T + 1) bool
+    training: Sequences
+    held_out: Sequences  # they do not overlap, so that each target is there once
     example: tuple  # the tokens of a held-out prompt, and of what its author wrote after it
     freq: np.ndarray = None  # (V,), freq(t) of Eq. 3: how often each token carries loss in the training part
-
-    def batch(self, rng, n):
-        """x and y of n training sequences, drawn with a numpy Generator."""
-        begins = np.array([self.starts[i] for i in rng.integers(len(self.starts), size=n)])
-        at = begins[:, None] + np.arange(self.block_size + 1)  # (n, T + 1)
-        return inputs_and_targets(self.tokens[at], self.carries_loss[at])
-
-    def held_out_batch(self, rows):
-        """x and y of some held-out rows."""
-        return inputs_and_targets(self.held_out[rows], self.held_out_carries_loss[rows])
 
     @cached_property
     def bands(self):
@@ -234,15 +239,11 @@ class Corpus:
     def digest(self):
         """The SHA-256 of the data and the counts."""
         sha256 = hashlib.sha256()
-        for part in self.tokens, self.carries_loss, self.held_out, self.held_out_carries_loss, self.freq:
-            sha256.update(np.ascontiguousarray(part))
+        for part in self.training, self.held_out:
+            sha256.update(part.tokens)
+            sha256.update(np.ascontiguousarray(part.carries_loss))
+        sha256.update(self.freq)
         return sha256.hexdigest()
-
-
-def inputs_and_targets(tokens, carries_loss):
-    """Sequences (n, T + 1) as inputs x and targets y, (n, T) int64 each. y is -100 where there is no loss."""
-    tokens = tokens.astype(np.int64)
-    return tokens[:, :-1], np.where(carries_loss, tokens, -100)[:, 1:]
 
 
 def load_corpus(paths, tokenizer, block_size, counts=None):
@@ -263,7 +264,8 @@ def load_corpus(paths, tokenizer, block_size, counts=None):
     if counts:
         corpus.freq = load_counts(counts, tokenizer.n_vocab)
     else:
-        corpus.freq = np.bincount(corpus.tokens[corpus.carries_loss], minlength=tokenizer.n_vocab)
+        counted = corpus.training.tokens[corpus.training.carries_loss]
+        corpus.freq = np.bincount(counted, minlength=tokenizer.n_vocab)
     return corpus
 
 
@@ -277,20 +279,19 @@ def _corpus_of_text(name, texts, tokenizer, T):
                          f"{10 * (T + 1):,}: lower it, or give more text")
     tens, rest = np.split(tokens, [n * 10 * (T + 1)])
     tens = tens.reshape(n, 10, T + 1)
-    rows = tens[:, 9]  # (n, T + 1)
-    # A training sequence may cross the gap that a held-out stretch leaves.
-    training = np.concatenate((tens[:, :9].flatten(), rest))
+    held_out = tens[:, 9].flatten()
+    training = np.concatenate((tens[:, :9].flatten(), rest))  # a sequence may cross a held-out stretch's gap
     description = f"{name}: {len(training):,} tokens to train on, {n * T:,} held out"
-    example = rows[0, : T // 4].tolist(), rows[0, T // 4 :].tolist()
-    return Corpus(description, T, training, np.broadcast_to(True, len(training)), range(len(training) - T),
-                  rows, np.broadcast_to(True, rows.shape), example)
+    return Corpus(description,
+                  Sequences(training, np.broadcast_to(True, len(training)), T, 1),  # one starts at each token
+                  Sequences(held_out, np.broadcast_to(True, len(held_out)), T, T + 1),
+                  example=(held_out[: T // 4].tolist(), held_out[T // 4 : T + 1].tolist()))
 
 
 def _corpus_of_pairs(name, pairs, tokenizer, T):
     """Every tenth distinct prompt is held out, with all its completions.
 
-    A training sequence starts with a pair and goes on into the next ones. A held-out row has as many whole
-    pairs as fit. A pair that is too long loses the start of its prompt, then the end of its completion.
+    A pair that is too long loses the start of its prompt, then the end of its completion.
     """
     dtype = np.min_scalar_type(tokenizer.n_vocab)
     pairs_cut, numbers, number_of, n_too_long = [], [], {}, 0
@@ -308,34 +309,27 @@ def _corpus_of_pairs(name, pairs, tokenizer, T):
     if not held_out:
         raise ValueError(f"{name} has {len(pairs_cut)} pairs: give at least ten, since a tenth is held out")
 
-    lengths = [len(prompt) + len(completion) for prompt, completion in training]
-    starts = np.cumsum(lengths) - lengths
-    # T tokens of padding, so that the last pair can start a sequence, too.
-    tokens, carries_loss = _side_by_side(training, sum(lengths) + T)
-    rows, room = [], 0
-    for prompt, completion in held_out:
-        if len(prompt) + len(completion) > room:
-            rows.append([])
-            room = T + 1
-        rows[-1].append((prompt, completion))
-        room -= len(prompt) + len(completion)
-    rows, rows_loss = map(np.stack, zip(*(_side_by_side(row, T + 1) for row in rows)))
-    description = (f"{name}: {len(training):,} pairs to train on, {len(held_out):,} held out with "
-                   f"{rows_loss.sum():,} tokens to predict")
+    description = f"{name}: {len(training):,} pairs to train on, {len(held_out):,} held out"
     if n_too_long:
         description += (f"; {n_too_long:,} are longer than --block_size {T}: they lose the start of the "
                         "prompt, then the end of the completion")
     prompt, completion = held_out[0]
     example = prompt.tolist(), [t for t in completion.tolist() if t != tokenizer.eot_token]
-    return Corpus(description, T, tokens, carries_loss, starts, rows, rows_loss, example)
+    return Corpus(description, _sequences_of_pairs(training, T), _sequences_of_pairs(held_out, T), example)
 
 
-def _side_by_side(pairs, size):
-    """Pairs one after the other and then zeros: tokens (size,), and which of them carry loss (size,) bool."""
-    parts = [part for pair in pairs for part in pair]  # prompt, completion, prompt, completion, ...
-    tokens = np.concatenate(parts)
-    carries_loss = np.repeat([False, True] * len(pairs), [len(part) for part in parts])
-    return np.pad(tokens, (0, size - len(tokens))), np.pad(carries_loss, (0, size - len(tokens)))
+def _sequences_of_pairs(pairs, T):
+    """Put as many whole pairs into each sequence as fit, and fill the rest of it with zeros."""
+    zeros = np.zeros(T + 1, pairs[0][0].dtype)
+    parts, room = [], 0  # padding, prompt, completion, padding, ...; room is left in the last sequence
+    for prompt, completion in pairs:
+        length = len(prompt) + len(completion)
+        padding, room = (0, room) if length <= room else (room, T + 1)
+        parts += zeros[:padding], prompt, completion
+        room -= length
+    parts.append(zeros[:room])
+    carries_loss = np.repeat([False, False, True] * len(pairs) + [False], [len(part) for part in parts])
+    return Sequences(np.concatenate(parts), carries_loss, T, T + 1)
 
 
 # --- counts ---

@@ -108,8 +108,8 @@ def finetune(args, alpha, folder, device, tokenizer, corpus):
 
         # Every rank draws the same whole batch from the seed and the step, and trains on its share of it.
         n = args.batch_size * args.gradient_accumulation_steps
-        rng = np.random.default_rng((args.seed, step))
-        batch = torch.from_numpy(np.stack(corpus.batch(rng, n)))  # (2, n, T): inputs and targets
+        drawn = np.random.default_rng((args.seed, step)).integers(len(corpus.training), size=n)
+        batch = torch.from_numpy(np.stack(corpus.training[drawn]))  # (2, n, T): inputs and targets
         weights = step_weights(step, alpha, args, corpus, model)  # (V,)
         weight_sum = token_weights(batch[1], weights).sum().item()  # of the whole batch, not of its parts
         for group in optimizer.param_groups:
@@ -239,7 +239,7 @@ def evaluate(args, model, corpus, weights, device, logit_bias=None):
     sums = torch.zeros(5, 3, dtype=torch.float64)
     model.eval()
     for i in range(0, len(rows), args.batch_size):
-        x, y = map(torch.from_numpy, corpus.held_out_batch(rows[i : i + args.batch_size]))  # (b, T) each
+        x, y = map(torch.from_numpy, corpus.held_out[rows[i : i + args.batch_size]])  # (b, T) each
         keep = y != -100
         with autocast(args, device):
             hidden = model(x.to(device), return_hidden=True)[keep.to(device)]  # (targets, n_embd)

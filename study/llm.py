@@ -119,8 +119,8 @@ def finetune(task, method, seed, corpus, device, dtype):
     steps, (last_alpha, _) = STEPS[task], METHODS[method]
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
-        batch = corpus.batch(np.random.default_rng((seed, step)), 8)
-        x, y = (torch.from_numpy(a).to(device) for a in batch)  # (8, T) each
+        drawn = np.random.default_rng((seed, step)).integers(len(corpus.training), size=8)
+        x, y = (torch.from_numpy(a).to(device) for a in corpus.training[drawn])  # (8, T) each
         alpha = last_alpha * (step / steps if method == RISING else 1)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             hidden = model.model(x, use_cache=False).last_hidden_state  # (8, T, D)

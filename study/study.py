@@ -117,11 +117,13 @@ def load(file):
 
 def openings(corpus):
     """Held-out prompts, each with what its author wrote after it: lists of tokens."""
-    T = corpus.block_size
-    if corpus.held_out_carries_loss[0, 0]:  # text: a row starts with loss, where pairs start with a prompt
-        return [(row[: T // 8], row[T // 8 :]) for row in corpus.held_out.tolist()]
+    T = corpus.held_out.T
+    rows, carries_loss_of_rows = (a.reshape(-1, T + 1) for a in
+                                  (corpus.held_out.tokens, corpus.held_out.carries_loss.view(np.int8)))
+    if carries_loss_of_rows[0, 0]:  # text: a row starts with loss, where pairs start with a prompt
+        return [(row[: T // 8], row[T // 8 :]) for row in rows.tolist()]
     first = {}  # some prompts have several completions: take the first
-    for tokens, carries_loss in zip(corpus.held_out.tolist(), corpus.held_out_carries_loss.view(np.int8)):
+    for tokens, carries_loss in zip(rows.tolist(), carries_loss_of_rows):
         # Where a prompt starts, its completion starts, the next prompt starts, and so on.
         starts = np.flatnonzero(np.diff(carries_loss, prepend=1, append=0)).tolist()
         for prompt, completion, end in zip(starts[::2], starts[1::2], starts[2::2]):
@@ -148,7 +150,7 @@ def choose(pairs):
 
 def held_out_counts(corpus):
     """How often each token is a held-out target: (V,)."""
-    _, y = corpus.held_out_batch(slice(None))
+    _, y = corpus.held_out[range(len(corpus.held_out))]
     return np.bincount(y[y != -100], minlength=len(corpus.freq))
 
 
@@ -268,7 +270,7 @@ def predict(model, corpus, bias, n_rows=160):
     rare targets. The model is on the device of bias.
     """
     W, device = len(corpus.held_out), bias.device
-    x, y = map(torch.from_numpy, corpus.held_out_batch(np.linspace(0, W - 1, min(W, n_rows)).astype(int)))
+    x, y = map(torch.from_numpy, corpus.held_out[np.linspace(0, W - 1, min(W, n_rows)).astype(int)])
     log_freq, bands = shift(corpus.freq, -1).to(device), torch.from_numpy(corpus.bands)  # (V,) each
     ce, likeliest = {tau: [] for tau in TAUS}, []
     for inputs, targets in zip(x.split(2), y.split(2)):  # two rows at a time, to save memory

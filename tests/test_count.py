@@ -7,7 +7,6 @@ import random
 import shutil
 import string
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -218,13 +217,13 @@ def characters():
     return tiktoken.Encoding("characters", pat_str=".", mergeable_ranks=ranks, special_tokens={EOT: 20256})
 
 
-def every_sequence(corpus):
-    """x and y of each training sequence once, in order."""
-    return corpus.batch(SimpleNamespace(integers=lambda n, size: np.arange(size)), len(corpus.starts))
+def all_of(sequences):
+    """x and y of each sequence once, in order."""
+    return sequences[range(len(sequences))]
 
 
-def held_out_targets(corpus):
-    y = corpus.held_out_batch(np.arange(len(corpus.held_out)))[1]
+def targets(sequences):
+    _, y = all_of(sequences)
     return y[y != -100]
 
 
@@ -232,15 +231,14 @@ def held_out_targets(corpus):
 def test_held_out_text_is_never_trained_on(characters, tmp_path, n):
     (tmp_path / "a.txt").write_text("".join(chr(0x4E00 + i) for i in range(n)), encoding="utf-8")
     corpus = load_corpus([tmp_path / "a.txt"], characters, 16)
-    trained = np.unique(every_sequence(corpus))
-    x, y = corpus.held_out_batch(np.arange(len(corpus.held_out)))
+    trained = np.unique(all_of(corpus.training))
+    x, y = all_of(corpus.held_out)
     assert x.shape == y.shape == (len(x), 16) and (y == x + 1).all()
     assert len(np.unique(y)) == y.size > 0.06 * n  # each held-out target once
     assert sorted([*trained, *np.unique((x, y))]) == list(range(256, 256 + n))  # nothing is lost or in both
     assert np.nonzero(corpus.freq)[0].tolist() == trained.tolist() and corpus.freq.max() == 1
     assert count_tokens([tmp_path / "a.txt"], characters).sum() == n
-    drawn, _ = corpus.batch(np.random.default_rng(0), 20 * n)
-    assert set(drawn[:, 0]) == set(every_sequence(corpus)[0][:, 0]) and not np.isin(drawn, (x, y)).any()
+    assert not np.isin(trained, (x, y)).any()
     # The example is a piece of the held-out text, in two parts.
     assert np.isin(sum(corpus.example, []), (x, y)).all() and (np.diff(sum(corpus.example, [])) == 1).all()
 
@@ -256,14 +254,13 @@ def test_pairs_carry_loss_on_completions_only(characters, tmp_path):
     rows = [(text[:2], text[2:]) for text in texts]
     corpus = load_corpus(write_pairs(tmp_path / "a.jsonl", rows), characters, 16)
     tokens = np.column_stack((256 + np.arange(1000).reshape(200, 5), [20256] * 200))  # ends with end of text
-    targets = np.where(np.arange(6) < 2, -100, tokens)
+    loss = np.where(np.arange(6) < 2, -100, tokens)
     held_out = np.arange(200) % 10 == 9
-    stream = np.append(tokens[~held_out], [0] * 16)
-    loss = np.append(targets[~held_out], [-100] * 16)
-    for i, (x, y) in enumerate(zip(*every_sequence(corpus), strict=True)):
-        # It starts with a pair and goes on into the next ones.
-        assert x.tolist() == stream[6 * i :][:16].tolist() and y.tolist() == loss[6 * i + 1 :][:16].tolist()
-    assert i == 179 and held_out_targets(corpus).tolist() == tokens[held_out, 2:].flatten().tolist()
+    for part, sequences in (~held_out, corpus.training), (held_out, corpus.held_out):
+        # Two pairs of 6 tokens fit into 17.
+        expected = tokens[part].reshape(-1, 12), loss[part].reshape(-1, 12)[:, 1:]
+        for found, wanted, end in zip(all_of(sequences), expected, (0, -100)):
+            assert (found == np.pad(wanted, ((0, 0), (0, 16 - wanted.shape[1])), constant_values=end)).all()
     assert [*map(characters.decode, corpus.example)] == [*rows[9]]
     assert (corpus.freq == np.bincount(tokens[~held_out, 2:].flatten(), minlength=20257)).all()
     counts = count_tokens([tmp_path / "a.jsonl"], characters)
@@ -276,8 +273,8 @@ def test_every_tenth_prompt_is_held_out_or_of_fewer_than_ten_every_tenth_pair(tm
     rows = [(prompt.format(i % n), f" Number {i}." if i % 3 else "") for i in range(120)]
     corpus = load_corpus(write_pairs(tmp_path / "a.jsonl", rows), tokenizer, 32)
     held_out = [c + EOT for i, (_, c) in enumerate(rows) if (i % n if prompt and n > 9 else i) % 10 == 9]
-    assert tokenizer.decode(held_out_targets(corpus)) == "".join(held_out)
-    assert tokenizer.decode(every_sequence(corpus)[0][0]).startswith((rows[0][0] or EOT) + EOT)
+    assert tokenizer.decode(targets(corpus.held_out)) == "".join(held_out)
+    assert tokenizer.decode(all_of(corpus.training)[0][0]).startswith((rows[0][0] or EOT) + EOT)
 
 
 @pytest.mark.parametrize("prompt, completion", [("one " * 80, " yes."), ("", " a" * 50), ("A", " a" * 50)])
@@ -285,9 +282,9 @@ def test_a_long_pair_loses_its_start_and_then_its_end(tmp_path, tokenizer, promp
     corpus = load_corpus(write_pairs(tmp_path / "a.jsonl", [(prompt, completion)] * 20), tokenizer, 16)
     completion = tokens_of(tokenizer, completion + EOT)[:16]
     prompt = tokens_of(tokenizer, prompt or EOT)[-(17 - len(completion)) :]
-    for x, y in zip(*(rows.tolist() for rows in every_sequence(corpus))):
+    for x, y in zip(*(rows.tolist() for rows in all_of(corpus.training))):
         assert x[: len(prompt)] == prompt and y[len(prompt) - 1 :][: len(completion)] == completion
-    assert held_out_targets(corpus).tolist() == 2 * completion and corpus.freq.sum() == 18 * len(completion)
+    assert targets(corpus.held_out).tolist() == 2 * completion and corpus.freq.sum() == 18 * len(completion)
     assert "--block_size 16" in corpus.description
 
 

@@ -37,7 +37,8 @@ def test_one_step_is_one_step_on_eq_5(train, text, tiny, tokenizer, losses, repo
     train("--max_iters", 1, "--batch_size", 8, "--alpha", 1, "--counts", "a.npy:0.5", "b.npy",
           "--warmup_iters", 0, "--grad_clip", 0, "--weight_decay", 0, "--learning_rate", 1e-3)
     corpus = count.load_corpus([text / "text.txt"], tokenizer, 32)
-    x, y = map(torch.from_numpy, corpus.batch(np.random.default_rng((1337, 0)), 8))
+    drawn = np.random.default_rng((1337, 0)).integers(len(corpus.training), size=8)
+    x, y = map(torch.from_numpy, corpus.training[drawn])
     w = 1 / (torch.from_numpy(0.5 * a + b)[y] + 1)
     model = GPT.from_pretrained(tiny).double().train()
     model.set_dropout(0.0)
@@ -88,7 +89,7 @@ def test_evaluation_is_cross_entropy_by_token_and_by_band(train, text, tiny, tok
     train("--max_iters", 1, "--alpha", 0.5, "--eval_iters", 3)
     corpus, found = count.load_corpus([text / "text.txt"], tokenizer, 32), report(text / "out")["before"]
     rows = np.linspace(0, len(corpus.held_out) - 1, 6).astype(int)
-    x, y = map(torch.from_numpy, corpus.held_out_batch(rows))
+    x, y = map(torch.from_numpy, corpus.held_out[rows])
     with torch.no_grad():
         log_p = GPT.from_pretrained(tiny).eval()(x).log_softmax(-1)
     ce, right, y = -log_p.gather(-1, y[..., None]).flatten(), (log_p.argmax(-1) == y).flatten(), y.flatten()
