@@ -148,17 +148,18 @@ def read_files(paths):
 
 
 def _items_of_files(paths):
-    previous = None  # the item before; if text, with the end of what came before that
+    kind, ended = None, True  # the type of all items; whether the text so far has ended
     for path in paths:
-        if isinstance(previous, str) and not previous.endswith(END_OF_TEXT):
-            yield (previous := END_OF_TEXT)
+        if not ended:
+            yield END_OF_TEXT
         has_text = False
         try:
             for item in _items_of_file(path):
-                if previous is not None and type(item) is not type(previous):
+                kind = kind or type(item)
+                if type(item) is not kind:
                     raise ValueError(f"{path}: give either pairs or text, not both")
-                previous = item if isinstance(item, tuple) else (previous or "")[-len(END_OF_TEXT) :] + item
-                has_text |= isinstance(item, tuple) or item.removesuffix(END_OF_TEXT).strip() != ""
+                ended = kind is tuple or item.endswith(END_OF_TEXT)
+                has_text |= kind is tuple or item.removesuffix(END_OF_TEXT).strip() != ""
                 yield item
         except UnicodeDecodeError:
             raise ValueError(f"{path} is not UTF-8 text: convert it to UTF-8") from None
@@ -228,7 +229,7 @@ class Corpus:
     training: Sequences
     held_out: Sequences  # they do not overlap, so that each target is there once
     example: tuple  # the tokens of a held-out prompt, and of what its author wrote after it
-    freq: np.ndarray = None  # (V,), freq(t) of Eq. 3: how often each token carries loss in the training part
+    freq: np.ndarray = None  # (n_vocab,), freq(t) of Eq. 3: --counts, or how often t carries loss in training
 
     @cached_property
     def bands(self):
@@ -270,7 +271,7 @@ def load_corpus(paths, tokenizer, block_size, counts=None):
 
 
 def _corpus_of_text(name, texts, tokenizer, T):
-    """Every tenth stretch of T + 1 tokens is held out. The end alone might differ from the rest."""
+    """Every tenth stretch of T + 1 tokens is held out. The last tenth might be about something else."""
     dtype = np.min_scalar_type(tokenizer.n_vocab)  # uint16 for GPT-2's
     tokens = np.concatenate([piece.astype(dtype) for piece in encode_stream(texts, tokenizer)])
     n = len(tokens) // (10 * (T + 1))
@@ -280,7 +281,7 @@ def _corpus_of_text(name, texts, tokenizer, T):
     tens, rest = np.split(tokens, [n * 10 * (T + 1)])
     tens = tens.reshape(n, 10, T + 1)
     held_out = tens[:, 9].flatten()
-    training = np.concatenate((tens[:, :9].flatten(), rest))  # a sequence may cross a held-out stretch's gap
+    training = np.concatenate((tens[:, :9].flatten(), rest))  # with gaps, which a sequence may cross
     description = f"{name}: {len(training):,} tokens to train on, {n * T:,} held out"
     return Corpus(description,
                   Sequences(training, np.broadcast_to(True, len(training)), T, 1),  # one starts at each token
@@ -289,7 +290,7 @@ def _corpus_of_text(name, texts, tokenizer, T):
 
 
 def _corpus_of_pairs(name, pairs, tokenizer, T):
-    """Every tenth distinct prompt is held out, with all its completions.
+    """Every tenth distinct prompt is held out, with all its completions. Of fewer than ten, every tenth pair.
 
     A pair that is too long loses the start of its prompt, then the end of its completion.
     """
@@ -302,7 +303,7 @@ def _corpus_of_pairs(name, pairs, tokenizer, T):
         n_too_long += len(prompt) + len(completion) > T + 1
         prompt = prompt[-max(1, T + 1 - len(completion)) :]
         pairs_cut.append((prompt.astype(dtype), completion[: T + 1 - len(prompt)].astype(dtype)))
-    if len(number_of) < 10:  # too few different prompts: hold out every tenth pair
+    if len(number_of) < 10:
         numbers = range(len(pairs_cut))
     training = [pair for number, pair in zip(numbers, pairs_cut) if number % 10 < 9]
     held_out = [pair for number, pair in zip(numbers, pairs_cut) if number % 10 == 9]
@@ -324,7 +325,7 @@ def _sequences_of_pairs(pairs, T):
     parts, room = [], 0  # padding, prompt, completion, padding, ...; room is left in the last sequence
     for prompt, completion in pairs:
         length = len(prompt) + len(completion)
-        padding, room = (0, room) if length <= room else (room, T + 1)
+        padding, room = (room, T + 1) if length > room else (0, room)
         parts += zeros[:padding], prompt, completion
         room -= length
     parts.append(zeros[:room])

@@ -158,14 +158,14 @@ class GPT(nn.Module):
         cache, pos = self.new_cache(B, min(window, T + max_new_tokens)), 0
         self.eval()
         for end in range(T, T + max_new_tokens):
-            inputs = idx[:, pos:end]  # after the first step, the newest token alone
+            inputs = idx[:, pos:end]  # all of the prompt, then the newest token alone
             if end > window:  # every position shifts by one, so nothing in the cache is right any more
                 inputs, cache, pos = idx[:, end - window : end], None, 0
             # For one row in half precision oneDNN is slow: 63 tokens/s with it, 116 without (AMD EPYC).
             one_row = inputs.numel() == 1 and self.lm_head.dtype != torch.float32
             torch.backends.mkldnn.enabled = onednn and not one_row
             hidden = self(inputs, True, cache, pos)  # (B, T, n_embd)
-            logits = F.linear(hidden[:, -1], self.lm_head).float()  # (B, V)
+            logits = F.linear(hidden[:, -1], self.lm_head).float()  # (B, V), of the newest token
             torch.backends.mkldnn.enabled = onednn
             pos = end
             if logit_bias is not None:
@@ -193,7 +193,7 @@ class GPT(nn.Module):
         other = known.pop("other")
         new = {"architectures": ["GPT2LMHeadModel"], "bos_token_id": known["eos_token_id"]}
         config = FIXED | new | other | known  # the last one wins
-        for name in {"dtype", "torch_dtype"} & config.keys():  # the dtype that the file has
+        for name in {"dtype", "torch_dtype"} & config.keys():  # if it is named, it is that of the file
             config[name] = str(self.lm_head.dtype).removeprefix("torch.")
         write_json(folder / "config.json", config)
         if self.generation_config:
@@ -207,20 +207,15 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None):
     if temperature < 1e-6:
         return logits.argmax(-1)
     logits = logits / temperature
-    if top_k is not None:
-        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    p = logits.softmax(-1)  # (B, V)
-    if top_p is None:
-        return torch.multinomial(p, 1)[:, 0]
-    # The likeliest 1,000 tokens usually reach top_p. To sort all 50,257 takes longer than the network.
-    for n in min(1000, p.shape[-1]), p.shape[-1]:
-        likeliest, tokens = p.topk(n)  # (B, n) each, the likeliest first
-        likelier = likeliest.cumsum(-1) - likeliest  # (B, n), the probability of all likelier tokens
-        if likelier[:, -1].min() >= top_p:
-            break
-    likeliest[:, 1:][likelier[:, 1:] >= top_p] = 0  # the first token always stays
-    return tokens.gather(1, torch.multinomial(likeliest, 1))[:, 0]
+    if top_k is None and top_p is None:
+        return torch.multinomial(logits.softmax(-1), 1)[:, 0]
+    V = logits.shape[-1]
+    logits, tokens = logits.topk(min(top_k or V, V))  # (B, k) each, the likeliest first
+    p = logits.softmax(-1)
+    if top_p is not None:
+        before = p.cumsum(-1) - p  # (B, k), the probability of all likelier tokens
+        p[:, 1:][before[:, 1:] >= top_p] = 0  # the likeliest token always stays
+    return tokens.gather(1, torch.multinomial(p, 1))[:, 0]
 
 
 # --- checkpoint folders: config.json, model.safetensors and the tokenizer's files ---
@@ -298,7 +293,7 @@ def read_safetensors(path):
             if name != "__metadata__":
                 begin, end = entry["data_offsets"]
                 file.seek(8 + length + begin)
-                data = bytearray(file.read(end - begin))  # a copy, since the file's may be unaligned
+                data = bytearray(file.read(end - begin))  # in memory, since in the file it may be unaligned
                 state[name] = torch.frombuffer(data, dtype=DTYPES[entry["dtype"]]).view(entry["shape"])
         return state
 
@@ -337,7 +332,7 @@ def write_json(path, content):
 
 RELEASED = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 RELEASED["distilgpt2"] = "distilbert/distilgpt2"
-# A tokenizer is tokenizer.json, or vocab.json with merges.txt. The other files may add to it.
+# A tokenizer is tokenizer.json, or vocab.json with merges.txt. The other files belong to it.
 TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json",
              "merges.txt", "vocab.json")
 
@@ -349,7 +344,7 @@ def checkpoint_folder(name_or_folder, weights=True):
     Raises OSError if there is no such folder or model, ValueError if it is not a GPT-2.
     """
     name = str(name_or_folder)
-    repo = RELEASED.get(name_or_folder, name)  # "gpt2" is released, ./gpt2 and Path("gpt2") are folders
+    repo = RELEASED.get(name_or_folder, name)  # the string "gpt2" alone: ./gpt2 and Path("gpt2") are folders
     folders = [Path(name)]
     if repo != name or (re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not Path(name).exists()):
         own = Path(torch.hub.get_dir(), "pdl", repo.replace("/", "--"))
@@ -410,8 +405,8 @@ def download(repo, path):
         if size and done != size:
             raise OSError(f"{path.name}: {done:,} of {size:,} bytes came; try again")
         with open(part, "rb") as file:
-            if file.read(5).lower() in (b"<html", b"<!doc"):
-                raise ValueError("a log-in page")
+            if file.read(5).lower() in (b"<html", b"<!doc"):  # a log-in page
+                raise ValueError
         if path.suffix == ".json":
             json.loads(part.read_bytes())
         os.replace(part, path)
@@ -440,7 +435,7 @@ def pick_device(name="auto", local_rank=0):
 
 
 def pick_dtype(name, device, sampling=False):
-    """The torch.dtype of a --dtype flag. "auto" is what is fastest here for training, or for sampling."""
+    """The torch.dtype of a --dtype flag. "auto" is what should be fastest here."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":

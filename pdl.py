@@ -80,9 +80,9 @@ def pdl_loss(logits, targets, weights, reduction="mean", ignore_index=-100):
     return loss.view(targets.shape) if reduction == "none" else loss
 
 
-def _mean(loss, w):
+def _mean(loss_sum, w):
     total = w.sum()
-    return loss / torch.where(total > 0, total, 1)  # without any target this is 0 / 1, not 0 / 0
+    return loss_sum / torch.where(total > 0, total, 1)  # without any target this is 0 / 1, not 0 / 0
 
 
 def _check(logits_shape, targets, weights, reduction, allowed):
@@ -110,18 +110,18 @@ def linear_pdl_loss(hidden, lm_head, targets, weights, reduction="mean", ignore_
     hidden: (..., D), the last hidden states. lm_head: (V, D). reduction: "mean" or "sum". The rest is as in
     pdl_loss. Products run in hidden's dtype, or in autocast's. The gradient of lm_head is summed in float32.
     A frozen lm_head gets no gradient, and costs no time or memory for it. There are no second derivatives.
-    In bfloat16, a target with a probability above 0.998 counts as certain: its loss and gradient are 0.
+    In bfloat16, a target with a probability above 0.998 counts as certain: its loss is 0.
     """
     _check((*hidden.shape[:-1], len(lm_head)), targets, weights, reduction, ("mean", "sum"))
     device = hidden.device.type
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:  # which autocast leaves alone
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:  # autocast leaves float64 alone
         hidden = hidden.to(torch.get_autocast_dtype(device))
     w = token_weights(targets, weights, ignore_index).to(torch.promote_types(hidden.dtype, torch.float32))
-    # float16 can hold hidden * w / largest, but perhaps not hidden * w. The padding is for an empty batch.
-    largest = F.pad(w.flatten(), (0, 1), value=torch.finfo(w.dtype).tiny).max()
+    # float16 can hold hidden * w / largest, but perhaps not hidden * w.
+    largest = F.pad(w.flatten(), (0, 1), value=torch.finfo(w.dtype).tiny).max()  # of an empty batch, too
     keep = targets != ignore_index  # a position without loss costs nothing
     if not torch.is_grad_enabled():
-        hidden, lm_head = hidden.detach(), lm_head.detach()  # else forward() computes gradients
+        hidden, lm_head = hidden.detach(), lm_head.detach()  # so that forward() computes no gradients
     with torch.autocast(device, enabled=False):
         loss = largest * _ChunkedLoss.apply(hidden[keep], lm_head, targets[keep], w[keep] / largest)
     return _mean(loss, w) if reduction == "mean" else loss
@@ -150,7 +150,7 @@ class _ChunkedLoss(torch.autograd.Function):
             i = torch.arange(len(t), device=t.device)
             logits = torch.mm(h, head.T, out=logits_buffer[: len(t)])  # (n, V)
             p = torch.softmax(logits, dim=-1, out=p_buffer[: len(t)])  # (n, V)
-            # logsumexp without another (n, V): log p[at] = top - logsumexp. p[at] >= 1/V, so log is safe.
+            # Everywhere log p = logit - logsumexp. Take the likeliest token: its p is at least 1/V.
             top, at = logits.max(dim=-1)  # (n,) each
             logsumexp = top.to(w.dtype) - p[i, at].to(w.dtype).log()  # (n,), of the logits
             loss += row_weights @ (logsumexp - logits[i, t].to(w.dtype))

@@ -5,7 +5,8 @@ Finetune GPT-2 with Power-Law Decay Loss.
     python train.py --alpha 0 0.25 0.5 --data my.txt      # one run for each alpha, then one table
     torchrun --standalone --nproc_per_node=2 train.py     # the same batches, on two devices
 
-The best model goes to out/, a checkpoint folder for sample.py and Transformers. Start reading at finetune().
+The best model goes to out/, or with several alphas to out/alpha-0.5/ and so on: a checkpoint folder, for
+sample.py and for Transformers. Start reading at finetune().
 The loss comes from pdl.py, the network from model.py, the batches from count.py.
 """
 
@@ -22,7 +23,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 import count
 from count import BANDS, at_least
@@ -43,8 +43,7 @@ def main():
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if WORLD_SIZE > 1:
-        # gloo sums what is on the CPU, as in evaluate().
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU
     note = choose_model(args, device)
     say(note)
@@ -80,18 +79,17 @@ def finetune(args, alpha, folder, device, tokenizer, corpus):
     model = load_model(args, tokenizer, device)
     optimizer = make_optimizer(args, model)
     final_weights = step_weights(args.max_iters, alpha, args, corpus, model)  # (V,)
-    start, before, best = 0, None, None  # the step, and evaluate() before training and of the best model
+    start, before, best = 0, None, None  # before and best: evaluate()'s results at step 0 and the best step
     if args.resume and (folder / "resume.pt").exists():
         start, before, best = resume(folder, args, model, optimizer, corpus.digest)
     elif RANK == 0:
         claim(folder, args, alpha, corpus)
     introduce(args, alpha, folder, device, model, corpus, start)
-    wrapped = torch.compile(model) if args.compile else model
-    if WORLD_SIZE > 1:
-        wrapped = DistributedDataParallel(wrapped)
-    step, logged = start, None  # logged: when the last line of the log was written, and its step
+    forward = torch.compile(model) if args.compile else model
+    step, logged = start, None  # logged: the time and the step of the last line of the log
 
     while True:
+        # A run is saved before it is evaluated. So a resumed run starts with the evaluation of this step.
         if step % args.eval_interval == 0 or step in (start, args.max_iters):
             save(folder, model, optimizer, step=step, before=before, best=best, digest=corpus.digest)
             result = {"iter": step} | evaluate(args, model, corpus, final_weights, device)
@@ -117,15 +115,16 @@ def finetune(args, alpha, folder, device, tokenizer, corpus):
         torch.manual_seed(hash((args.seed, step, RANK)))  # for dropout: the same again after a resume
         loss = torch.zeros((), device=device)
         parts = batch.tensor_split(WORLD_SIZE, dim=1)[RANK].split(args.batch_size, dim=1)
-        for i, part in enumerate(parts, 1):  # micro-steps
+        for part in parts:  # micro-steps
             x, y = part.to(device)  # (b, T) each
-            if WORLD_SIZE > 1:
-                wrapped.require_backward_grad_sync = i == len(parts)
             with autocast(args, device):
-                hidden = wrapped(x, return_hidden=True)  # (b, T, n_embd)
-                micro_loss = linear_pdl_loss(hidden, model.lm_head, y, weights, "sum") / weight_sum  # Eq. 5
-            (micro_loss * WORLD_SIZE).backward()  # DistributedDataParallel will average over the ranks
+                hidden = forward(x, return_hidden=True)  # (b, T, n_embd)
+                # Eq. 5, divided by the sum of the weights.
+                micro_loss = linear_pdl_loss(hidden, model.lm_head, y, weights, "sum") / weight_sum
+            micro_loss.backward()
             loss += micro_loss.detach()
+        for p in model.parameters():
+            all_sum(p.grad)  # the gradient of a sum is the sum of the gradients
         if args.grad_clip:
             torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
         optimizer.step()
@@ -138,8 +137,9 @@ def finetune(args, alpha, folder, device, tokenizer, corpus):
     if WORLD_SIZE > 1:
         dist.barrier()  # until rank 0 has saved it
     model.load_state_dict(read_weights(folder, model))
+    strengths = [a for a in args.alpha if a > 0] if alpha == 0 else []
     shifted = {f"{a:g}": evaluate(args, model, corpus, final_weights, device, shift(corpus.freq, a))
-               for a in args.alpha if alpha == 0 and a > 0}
+               for a in strengths}
     report = {"alpha": alpha, "args": flags_of(args), "before": before, "after": best, "shifted": shifted,
               "sample": sample_text(args, model, tokenizer, corpus)}
     if RANK == 0:
@@ -151,7 +151,7 @@ def finetune(args, alpha, folder, device, tokenizer, corpus):
 
 
 def choose_model(args, device):
-    """Settle --init_from and --dtype, on rank 0 for all. Returns a note if tiny/ takes the place of gpt2."""
+    """Rank 0 settles --init_from and --dtype, and tells the others. Returns a note if tiny/ is taken."""
     name, note, dtype = args.init_from or "gpt2", None, None
     if RANK == 0:
         dtype = str(pick_dtype(args.dtype, device)).removeprefix("torch.")
@@ -200,7 +200,8 @@ def step_weights(step, alpha, args, corpus, model):
     if args.rising:
         alpha *= step / args.max_iters
     weights = pdl_weights(corpus.freq, alpha, args.eps)
-    return F.pad(weights, (0, model.config.vocab_size - len(weights)))  # 0 for the padding of a vocabulary
+    # The model may have more rows than the tokenizer has tokens. They are never targets.
+    return F.pad(weights, (0, model.config.vocab_size - len(weights)))
 
 
 def learning_rate(step, args):
@@ -233,10 +234,8 @@ def evaluate(args, model, corpus, weights, device, logit_bias=None):
     targets is left out.
     """
     n_rows = args.eval_iters * args.batch_size * args.gradient_accumulation_steps
-    rows = np.unique(np.linspace(0, len(corpus.held_out) - 1, n_rows).astype(int))[RANK::WORLD_SIZE]
-    bands = torch.from_numpy(corpus.bands)
-    # By band: number of targets; sums of cross-entropy, right predictions, weights, weighted cross-entropy.
-    sums = torch.zeros(5, 3, dtype=torch.float64)
+    rows = np.unique(np.linspace(0, len(corpus.held_out) - 1, n_rows).astype(int))
+    parts = []
     model.eval()
     for i in range(0, len(rows), args.batch_size):
         x, y = map(torch.from_numpy, corpus.held_out[rows[i : i + args.batch_size]])  # (b, T) each
@@ -248,18 +247,20 @@ def evaluate(args, model, corpus, weights, device, logit_bias=None):
                 if logit_bias is not None:
                     logits[:, : len(logit_bias)] += logit_bias.to(device)  # padding has no bias
                 ce = F.cross_entropy(logits, t.to(device), reduction="none").cpu().double()
-                right, w = (logits.argmax(-1).cpu() == t).double(), weights[t].double()
-                sums.index_add_(1, bands[t], torch.stack((torch.ones_like(ce), ce, right, w, w * ce)))
+                parts.append((t, ce, (logits.argmax(-1).cpu() == t).double()))
     model.train()
-    sums = all_sum(sums)
-    n, ce, right, w, w_ce = torch.cat((sums, sums.sum(1, keepdim=True)), dim=1)  # (4,) each: 3 bands and all
+    t, ce, right = map(torch.cat, zip(*parts))  # (N,) each, of all targets
+    w, band = weights[t].double(), torch.from_numpy(corpus.bands)[t]  # (N,) each
+    masks = {name: band == i for i, name in enumerate(BANDS) if i in band} | {"all": band >= 0}  # (N,) each
 
-    def by_band(values):
-        return {band: x for band, x, n_targets in zip((*BANDS, "all"), values.tolist(), n) if n_targets}
+    def by_band(measure):
+        return {name: measure(mask).item() for name, mask in masks.items()}
 
-    return {"val_ce": (ce / n)[-1].item(), "val_pdl": (w_ce / w)[-1].item(), "ce_by_band": by_band(ce / n),
-            "accuracy_by_band": by_band(right / n), "share_of_text": by_band(n / n[-1]),
-            "share_of_weight": by_band(w / w[-1])}
+    return {"val_ce": ce.mean().item(), "val_pdl": ((w * ce).sum() / w.sum()).item(),
+            "ce_by_band": by_band(lambda mask: ce[mask].mean()),
+            "accuracy_by_band": by_band(lambda mask: right[mask].mean()),
+            "share_of_text": by_band(lambda mask: mask.double().mean()),
+            "share_of_weight": by_band(lambda mask: w[mask].sum() / w.sum())}
 
 
 def sample_text(args, model, tokenizer, corpus):
@@ -356,7 +357,7 @@ NOT_EMPTY = "{} is not an empty folder: --resume its run, or name another --out_
 
 
 def claim(folder, args, alpha, corpus):
-    """Create the folder of a run. The first alpha also claims --out_dir, against a second command."""
+    """Create the folder of a run. The first alpha also claims --out_dir: no second command may use it."""
     flags = Path(args.out_dir, "args.json")
     flags.parent.mkdir(parents=True, exist_ok=True)
     if alpha == args.alpha[0] and not args.resume:
@@ -458,15 +459,15 @@ def parse_args():
     out = Path(args.out_dir)
     if args.resume:
         try:
-            had = json.loads((out / "args.json").read_bytes())
+            saved = json.loads((out / "args.json").read_bytes())
         except (OSError, ValueError):
             p.error(f"--resume: {out} has no run, or its args.json is damaged")
-        p.set_defaults(**dict.fromkeys(had))  # so that parsing again shows which flags were given
+        p.set_defaults(**dict.fromkeys(saved))  # all None: now a second parse shows which flags were given
         given = {name: value for name, value in vars(p.parse_args()).items() if value is not None}
-        for name in (had.keys() & given.keys()) - {"max_iters"}:
-            if given[name] != had[name]:
-                p.error(f"--resume: --{name} was {had[name]}, not {given[name]}: name another --out_dir")
-        args = argparse.Namespace(**had | given)
+        for name in (saved.keys() & given.keys()) - {"max_iters"}:
+            if given[name] != saved[name]:
+                p.error(f"--resume: --{name} was {saved[name]}, not {given[name]}: name another --out_dir")
+        args = argparse.Namespace(**saved | given)
     elif out.exists() and any(out.iterdir()):
         raise ValueError(NOT_EMPTY.format(out))
     if len({f"{alpha:g}" for alpha in args.alpha}) < len(args.alpha):  # folders are named by alpha

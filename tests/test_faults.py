@@ -244,7 +244,7 @@ MISTAKES = [  # script, status, what the line names, flags
     ("train.py", 1, "eps", ["--eps", "0", "--counts", "half.npy"]),
     ("train.py", 1, "alpha", ["--alpha", "0.5", "30"]),
     *(("sample.py", 2, flag, [flag, value]) for flag, value in [
-        ("--temperature", "nan"), ("--temperature", "-1"), ("--seed", "-1"), ("--top_p", "0"),
+        ("--temperature", "nan"), ("--temperature", "-1"), ("--seed", "-1"), ("--top_p", "-1"),
         ("--top_k", "0"), ("--shift", "1")]),
     ("sample.py", 2, "--shift", ["--counts", "a.npy"]),
     ("sample.py", 2, "--shift", ["--counts", "a.npy", "--shift", "inf"]),

@@ -132,7 +132,7 @@ def test_tokens_are_drawn_as_often_as_transformers_would():
 
 
 def test_top_p_of_a_large_vocabulary():
-    """More tokens than are looked at first, and rows that need different numbers of them."""
+    """Rows that need different numbers of tokens."""
     logits = torch.tensor([[-0.002], [-0.2]]) * torch.arange(5000)
     p = logits.softmax(-1)
     for top_p in 0.5, 0.99:
