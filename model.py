@@ -4,6 +4,7 @@ GPT-2 (Radford et al. 2019): the network and how it generates, then checkpoint f
     model = GPT.from_pretrained("gpt2")     # a released model, OWNER/NAME on the hub, or a folder
     logits = model(idx)                     # (B, T) int64 -> (B, T, vocab_size)
 
+The network and generate() come first. What follows reads, writes and downloads files: skip it at first.
 Module names and files are Hugging Face's. This file knows neither the loss (pdl.py) nor text (count.py).
 """
 
