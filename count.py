@@ -4,8 +4,8 @@ Count how often each token occurs in text: the freq(t) of Power-Law Decay Loss.
     python count.py TEXT [TEXT ...] [-o counts.npy] [--tokenizer gpt2|FOLDER]
 
 This file is all that happens to text before a model sees it: the tokenizer, reading, the sequences to train
-on and to evaluate on, counts. At its end is what the scripts share on the command line. Start at "what to train
-on": what comes before it turns files into tokens, and only matters if a format does.
+on and to evaluate on, counts. At its end is what the scripts share on the command line. Start reading at class
+Sequences: all before it turns files into tokens.
 """
 
 import argparse

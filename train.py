@@ -6,9 +6,8 @@ Finetune GPT-2 with Power-Law Decay Loss.
     torchrun --standalone --nproc_per_node=2 train.py     # the same batches, on two devices
 
 The best model goes to out/, or with several alphas to out/alpha-0.5/ and so on: a checkpoint folder, for
-sample.py and for Transformers. The loss comes from pdl.py, the network from model.py, the batches from count.py.
-
-Start reading at finetune(), the story of a run. The functions after it are helpers, in the order of a run.
+sample.py and for Transformers. Start reading at finetune(), the story of a run. The functions after it help.
+The loss comes from pdl.py, the network from model.py, the batches from count.py.
 """
 
 import argparse
@@ -51,7 +50,7 @@ def main():
     tokenizer = count.load_tokenizer(args.init_from)
     corpus = count.load_corpus(args.data, tokenizer, args.block_size, args.counts)
     for alpha in args.alpha:
-        pdl_weights(corpus.freq, alpha, args.eps)  # an impossible alpha fails now, not after the runs before it
+        pdl_weights(corpus.freq, alpha, args.eps)  # an impossible alpha fails now, not hours later
     reports = []
     try:
         for alpha in args.alpha:
