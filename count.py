@@ -4,7 +4,7 @@ Count how often each token occurs in text: the freq(t) of Power-Law Decay Loss.
     python count.py TEXT [TEXT ...] [-o counts.npy] [--tokenizer gpt2|FOLDER]
 
 This file is all that happens to text before a model sees it: the tokenizer, reading, the sequences to train
-on and to evaluate on, counts. At its end is what the scripts share on the command line. Start reading at class
+on and to evaluate on, counts. At its end is what the scripts share on the command line. Start reading at
 Sequences: all before it turns files into tokens.
 """
 
@@ -113,8 +113,8 @@ def encode_stream(texts, tokenizer):
             yield from pool.map(lambda piece: encode(piece, tokenizer), some)
 
 
-# GPT-2's tokenizer starts a token at any single space or line end between two words: cut at the last one.
-LAST_CUT = re.compile(r"(?s).*\S(?=[ \n]\S)")
+# A token may begin with the space or line end between two words, but has none inside: cut text there.
+UP_TO_CUT = re.compile(r"(?s).*\S(?=[ \n]\S)")
 
 
 def _pieces(texts, tokenizer):
@@ -122,7 +122,7 @@ def _pieces(texts, tokenizer):
     can_cut = not any(re.search(r"\s", token) for token in tokenizer.special_tokens_set)
     uncut = []
     for text in texts:
-        if can_cut and (cut := LAST_CUT.match(text)):
+        if can_cut and (cut := UP_TO_CUT.match(text)):
             yield "".join(uncut) + cut[0]
             uncut, text = [], text[cut.end() :]
         uncut.append(text)
@@ -149,7 +149,8 @@ def read_files(paths):
 
 
 def _items_of_files(paths):
-    kind, ended = None, True  # the type of all items; whether the text so far has ended
+    kind = None  # the type of all items
+    ended = True  # whether the text so far ends with an end of text, as it must between two files
     for path in paths:
         if not ended:
             yield END_OF_TEXT
@@ -194,8 +195,8 @@ def _item_of_line(path, number, line):
         is_pair = "prompt" in entry
         prompt, text = (entry["prompt"], entry["completion"]) if is_pair else ("", entry["text"])
         "".join((prompt, text)).encode()  # fails unless both are strings of Unicode
-    except (ValueError, TypeError, KeyError, RecursionError):
-        raise ValueError(f"{path} line {number} is {line.strip()[:60]!r}, but must be {FORMAT}") from None
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"{path} line {number} must be {FORMAT}; {error!r} in {line.strip()[:60]!r}") from None
     text = text.removesuffix(END_OF_TEXT) + END_OF_TEXT
     return (prompt, text) if is_pair else text
 
@@ -228,7 +229,7 @@ class Corpus:
 
     description: str
     training: Sequences
-    held_out: Sequences  # they do not overlap, so that each target is there once
+    held_out: Sequences  # its sequences do not overlap, so that each target is there once
     example: tuple  # the tokens of a held-out prompt, and of what its author wrote after it
     freq: np.ndarray = None  # (n_vocab,), freq(t) of Eq. 3: --counts, or how often t carries loss in training
 
@@ -272,7 +273,7 @@ def load_corpus(paths, tokenizer, block_size, counts=None):
 
 
 def _corpus_of_text(name, texts, tokenizer, T):
-    """Every tenth stretch of T + 1 tokens is held out. The last tenth might be about something else."""
+    """Hold out every tenth stretch of T + 1 tokens. The end of a text may be unlike the rest of it."""
     dtype = np.min_scalar_type(tokenizer.n_vocab)  # uint16 for GPT-2's
     tokens = np.concatenate([piece.astype(dtype) for piece in encode_stream(texts, tokenizer)])
     n = len(tokens) // (10 * (T + 1))
@@ -291,18 +292,19 @@ def _corpus_of_text(name, texts, tokenizer, T):
 
 
 def _corpus_of_pairs(name, pairs, tokenizer, T):
-    """Every tenth distinct prompt is held out, with all its completions. Of fewer than ten, every tenth pair.
+    """Hold out every tenth distinct prompt with all its completions. With fewer than ten, every tenth pair.
 
     A pair that is too long loses the start of its prompt, then the end of its completion.
     """
     dtype = np.min_scalar_type(tokenizer.n_vocab)
-    pairs_cut, numbers, number_of, n_too_long = [], [], {}, 0
+    pairs_cut, n_too_long = [], 0
+    numbers, number_of = [], {}  # the number of each pair's prompt, and of each distinct prompt
     for prompt, completion in pairs:
         prompt = prompt or END_OF_TEXT  # the first token of a completion needs one before it
-        numbers.append(number_of.setdefault(prompt, len(number_of)))  # equal prompts have the same number
+        numbers.append(number_of.setdefault(prompt, len(number_of)))
         prompt, completion = encode(prompt, tokenizer), encode(completion, tokenizer)
         n_too_long += len(prompt) + len(completion) > T + 1
-        prompt = prompt[-max(1, T + 1 - len(completion)) :]
+        prompt = prompt[-max(1, T + 1 - len(completion)) :]  # its end; at least one token
         pairs_cut.append((prompt.astype(dtype), completion[: T + 1 - len(prompt)].astype(dtype)))
     if len(number_of) < 10:
         numbers = range(len(pairs_cut))
@@ -321,7 +323,7 @@ def _corpus_of_pairs(name, pairs, tokenizer, T):
 
 
 def _sequences_of_pairs(pairs, T):
-    """Put as many whole pairs into each sequence as fit, and fill the rest of it with zeros."""
+    """Each sequence has as many whole pairs as fit, then zeros. So a pair sees those before it."""
     zeros = np.zeros(T + 1, pairs[0][0].dtype)
     parts, room = [], 0  # padding, prompt, completion, padding, ...; room is left in the last sequence
     for prompt, completion in pairs:

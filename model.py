@@ -58,7 +58,7 @@ class Attention(nn.Module):
             cache[:, :, :, pos : pos + T] = torch.stack((k, v))
             k, v = cache[:, :, :, : pos + T]  # (B, n_head, pos + T, C / n_head) each
         dropout = self.dropout.p if self.training else 0.0
-        # With a cache, T is 1 after the first call. This newest token sees all keys and needs no causal mask.
+        # A prompt needs the causal mask. A single new token may see all keys.
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side
         return self.dropout(self.c_proj(y))
@@ -105,7 +105,7 @@ class GPT(nn.Module):
         self.drop = nn.Dropout(0.0)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
-        # Layers that write to the residual stream start smaller (GPT-2, section 2.3).
+        # A fresh model: layers that write to the residual stream start smaller (GPT-2, section 2.3).
         residual_std = 0.02 / math.sqrt(2 * config.n_layer)
         for name, p in self.named_parameters():
             if p.dim() > 1:
@@ -160,7 +160,7 @@ class GPT(nn.Module):
         self.eval()
         for end in range(T, T + max_new_tokens):
             inputs = idx[:, pos:end]  # all of the prompt, then the newest token alone
-            if end > window:  # every position shifts by one, so nothing in the cache is right any more
+            if end > window:  # now each token moves to another position, and the cache holds for none
                 inputs, cache, pos = idx[:, end - window : end], None, 0
             # For one row in half precision oneDNN is slow: 63 tokens/s with it, 116 without (AMD EPYC).
             one_row = inputs.numel() == 1 and self.lm_head.dtype != torch.float32
@@ -194,7 +194,7 @@ class GPT(nn.Module):
         other = known.pop("other")
         new = {"architectures": ["GPT2LMHeadModel"], "bos_token_id": known["eos_token_id"]}
         config = FIXED | new | other | known  # the last one wins
-        for name in {"dtype", "torch_dtype"} & config.keys():  # if it is named, it is that of the file
+        for name in {"dtype", "torch_dtype"} & config.keys():  # in which Transformers opens the file
             config[name] = str(self.lm_head.dtype).removeprefix("torch.")
         write_json(folder / "config.json", config)
         if self.generation_config:
@@ -345,7 +345,7 @@ def checkpoint_folder(name_or_folder, weights=True):
     Raises OSError if there is no such folder or model, ValueError if it is not a GPT-2.
     """
     name = str(name_or_folder)
-    repo = RELEASED.get(name_or_folder, name)  # the string "gpt2" alone: ./gpt2 and Path("gpt2") are folders
+    repo = RELEASED.get(name_or_folder, name)  # only the string "gpt2"; "./gpt2" and Path("gpt2") are folders
     folders = [Path(name)]
     if repo != name or (re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not Path(name).exists()):
         own = Path(torch.hub.get_dir(), "pdl", repo.replace("/", "--"))

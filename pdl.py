@@ -82,7 +82,7 @@ def pdl_loss(logits, targets, weights, reduction="mean", ignore_index=-100):
 
 def _mean(loss_sum, w):
     total = w.sum()
-    return loss_sum / torch.where(total > 0, total, 1)  # without any target this is 0 / 1, not 0 / 0
+    return loss_sum / torch.where(total > 0, total, 1)  # without targets F.cross_entropy has 0 / 0
 
 
 def _check(logits_shape, targets, weights, reduction, allowed):
@@ -117,8 +117,8 @@ def linear_pdl_loss(hidden, lm_head, targets, weights, reduction="mean", ignore_
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:  # autocast leaves float64 alone
         hidden = hidden.to(torch.get_autocast_dtype(device))
     w = token_weights(targets, weights, ignore_index).to(torch.promote_types(hidden.dtype, torch.float32))
-    # float16 can hold hidden * w / largest, but perhaps not hidden * w.
-    largest = F.pad(w.flatten(), (0, 1), value=torch.finfo(w.dtype).tiny).max()  # of an empty batch, too
+    # Below, weights are relative to the largest, so that hidden * w fits into float16.
+    largest = F.pad(w.flatten(), (0, 1), value=torch.finfo(w.dtype).tiny).max()  # not 0, even without targets
     keep = targets != ignore_index  # a position without loss costs nothing
     if not torch.is_grad_enabled():
         hidden, lm_head = hidden.detach(), lm_head.detach()  # so that forward() computes no gradients
@@ -150,7 +150,7 @@ class _ChunkedLoss(torch.autograd.Function):
             i = torch.arange(len(t), device=t.device)
             logits = torch.mm(h, head.T, out=logits_buffer[: len(t)])  # (n, V)
             p = torch.softmax(logits, dim=-1, out=p_buffer[: len(t)])  # (n, V)
-            # Everywhere log p = logit - logsumexp. Take the likeliest token: its p is at least 1/V.
+            # p holds the logsumexp, too: it is logit - log p. Read it where p is largest, so most accurate.
             top, at = logits.max(dim=-1)  # (n,) each
             logsumexp = top.to(w.dtype) - p[i, at].to(w.dtype).log()  # (n,), of the logits
             loss += row_weights @ (logsumexp - logits[i, t].to(w.dtype))

@@ -16,7 +16,7 @@ def shift(counts, strength):
     """-strength * log(freq(t)), to be added to the logits: (V,) float32. Unseen tokens count as the rarest.
 
     A plain model predicts the text's distribution p. Eq. 5 is minimal for q(t), proportional to w(t) p(t). As
-    log w(t) is about -alpha * log(freq(t)), a shift by alpha turns p into q, and one by -alpha q into p.
+    log w(t) is about -alpha * log(freq(t)), a shift of alpha turns p into q. A shift of -alpha undoes it.
     """
     freq = np.maximum(counts, counts[counts > 0].min())
     return -strength * torch.from_numpy(freq).log().float()
@@ -33,8 +33,8 @@ def continue_prompt(model, tokenizer, prompt, length, n=1, logit_bias=None, **ho
     bias = torch.full((V,), -torch.inf)  # never sample rows of a padded vocabulary
     bias[: tokenizer.n_vocab] = 0 if logit_bias is None else logit_bias
     idx = torch.tensor([prompt] * n, device=device)  # (n, T)
-    rows = model.generate(idx, length, logit_bias=bias.to(device), **how)[:, len(prompt) :].tolist()
-    eot = tokenizer.eot_token
+    idx = model.generate(idx, length, logit_bias=bias.to(device), **how)  # (n, T + length)
+    rows, eot = idx[:, len(prompt) :].tolist(), tokenizer.eot_token
     return [row[: row.index(eot)] if eot in row else row for row in rows]
 
 

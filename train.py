@@ -69,7 +69,7 @@ def main():
     if len(reports) > 1:
         say(table_of_series(reports))
     say(f"now: python sample.py --init_from {shlex.quote(str(folder))}")
-    say(note)
+    say(note)  # again, where it is seen
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
 
@@ -78,7 +78,7 @@ def finetune(args, alpha, folder, device, tokenizer, corpus):
     """One run, from the pretrained model or its last save. Returns its report."""
     model = load_model(args, tokenizer, device)
     optimizer = make_optimizer(args, model)
-    final_weights = step_weights(args.max_iters, alpha, args, corpus, model)  # (V,)
+    final_weights = step_weights(args.max_iters, alpha, args, corpus, model)  # (V,), for every evaluation
     start, before, best = 0, None, None  # before and best: evaluate()'s results at step 0 and the best step
     if args.resume and (folder / "resume.pt").exists():
         start, before, best = resume(folder, args, model, optimizer, corpus.digest)
@@ -86,10 +86,10 @@ def finetune(args, alpha, folder, device, tokenizer, corpus):
         claim(folder, args, alpha, corpus)
     introduce(args, alpha, folder, device, model, corpus, start)
     forward = torch.compile(model) if args.compile else model
-    step, logged = start, None  # logged: the time and the step of the last line of the log
+    step, last_log = start, None  # last_log: the time and the step of the last line of the log
 
     while True:
-        # A run is saved before it is evaluated. So a resumed run starts with the evaluation of this step.
+        # Save first. Then a resumed run repeats this evaluation, and comes to the same best model.
         if step % args.eval_interval == 0 or step in (start, args.max_iters):
             save(folder, model, optimizer, step=step, before=before, best=best, digest=corpus.digest)
             result = {"iter": step} | evaluate(args, model, corpus, final_weights, device)
@@ -100,7 +100,7 @@ def finetune(args, alpha, folder, device, tokenizer, corpus):
                 best = result
                 if RANK == 0:
                     model.save_pretrained(folder)
-            logged = time.time(), step
+            last_log = time.time(), step
         if step == args.max_iters:
             break
 
@@ -114,9 +114,9 @@ def finetune(args, alpha, folder, device, tokenizer, corpus):
             group["lr"] = learning_rate(step, args)
         torch.manual_seed(hash((args.seed, step, RANK)))  # for dropout: the same again after a resume
         loss = torch.zeros((), device=device)
-        parts = batch.tensor_split(WORLD_SIZE, dim=1)[RANK].split(args.batch_size, dim=1)
-        for part in parts:  # micro-steps
-            x, y = part.to(device)  # (b, T) each
+        share = batch.tensor_split(WORLD_SIZE, dim=1)[RANK]  # (2, n / WORLD_SIZE, T)
+        for micro_batch in share.split(args.batch_size, dim=1):
+            x, y = micro_batch.to(device)  # (b, T) each
             with autocast(args, device):
                 hidden = forward(x, return_hidden=True)  # (b, T, n_embd)
                 # Eq. 5, divided by the sum of the weights.
@@ -124,16 +124,16 @@ def finetune(args, alpha, folder, device, tokenizer, corpus):
             micro_loss.backward()
             loss += micro_loss.detach()
         for p in model.parameters():
-            all_sum(p.grad)  # the gradient of a sum is the sum of the gradients
+            all_sum(p.grad)  # the loss is the sum of the parts' losses, and so is the gradient
         if args.grad_clip:
             torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
         if step % args.log_interval == 0 or step in (1, args.max_iters):
-            logged = log_step(args, folder, step, all_sum(loss).item(), logged)
+            last_log = log_step(args, folder, step, all_sum(loss).item(), last_log)
 
-    # Evaluate the shifts and sample, with the best model. Then report.
+    # With the best model: write a sample. At alpha 0, also try each other alpha as a shift of the logits.
     if WORLD_SIZE > 1:
         dist.barrier()  # until rank 0 has saved it
     model.load_state_dict(read_weights(folder, model))
@@ -151,7 +151,7 @@ def finetune(args, alpha, folder, device, tokenizer, corpus):
 
 
 def choose_model(args, device):
-    """Rank 0 settles --init_from and --dtype, and tells the others. Returns a note if tiny/ is taken."""
+    """Settle --init_from and --dtype. Returns a note if tiny/ is taken. Rank 0 decides, so that all agree."""
     name, note, dtype = args.init_from or "gpt2", None, None
     if RANK == 0:
         dtype = str(pick_dtype(args.dtype, device)).removeprefix("torch.")
@@ -242,16 +242,16 @@ def evaluate(args, model, corpus, weights, device, logit_bias=None):
         keep = y != -100
         with autocast(args, device):
             hidden = model(x.to(device), return_hidden=True)[keep.to(device)]  # (targets, n_embd)
-            for h, t in zip(hidden.split(512), y[keep].split(512)):  # to save memory
+            for h, t in zip(hidden.split(512), y[keep].split(512)):  # all logits would be large
                 logits = F.linear(h, model.lm_head).float()  # (512, V)
                 if logit_bias is not None:
-                    logits[:, : len(logit_bias)] += logit_bias.to(device)  # padding has no bias
+                    logits[:, : len(logit_bias)] += logit_bias.to(device)
                 ce = F.cross_entropy(logits, t.to(device), reduction="none").cpu().double()
                 parts.append((t, ce, (logits.argmax(-1).cpu() == t).double()))
     model.train()
     t, ce, right = map(torch.cat, zip(*parts))  # (N,) each, of all targets
     w, band = weights[t].double(), torch.from_numpy(corpus.bands)[t]  # (N,) each
-    masks = {name: band == i for i, name in enumerate(BANDS) if i in band} | {"all": band >= 0}  # (N,) each
+    masks = {name: band == i for i, name in enumerate(BANDS) if i in band} | {"all": t >= 0}  # (N,) each
 
     def by_band(measure):
         return {name: measure(mask).item() for name, mask in masks.items()}
@@ -295,10 +295,10 @@ def introduce(args, alpha, folder, device, model, corpus, start):
         say(f"resuming at step {start}")
 
 
-def log_step(args, folder, step, loss, logged):
+def log_step(args, folder, step, loss, last_log):
     """Show and log the loss, and the speed since the last line."""
-    since, last = logged
-    seconds = (time.time() - since) / (step - last)
+    last_time, last_step = last_log
+    seconds = (time.time() - last_time) / (step - last_step)
     speed = args.batch_size * args.gradient_accumulation_steps * args.block_size / seconds
     left = int(seconds * (args.max_iters - step))
     say(f"step {step}: loss {loss:.4f}, {seconds * 1000:.0f} ms, {speed:,.0f} tok/s, "
@@ -357,7 +357,7 @@ NOT_EMPTY = "{} is not an empty folder: --resume its run, or name another --out_
 
 
 def claim(folder, args, alpha, corpus):
-    """Create the folder of a run. The first alpha also claims --out_dir: no second command may use it."""
+    """Create the folder of a run. The first of a series also claims --out_dir, by creating args.json."""
     flags = Path(args.out_dir, "args.json")
     flags.parent.mkdir(parents=True, exist_ok=True)
     if alpha == args.alpha[0] and not args.resume:
@@ -378,7 +378,7 @@ def claim(folder, args, alpha, corpus):
 
 
 def save(folder, model, optimizer, **state):
-    """Write resume.pt. A run that resumes from it evaluates this step first."""
+    """Write resume.pt."""
     if RANK == 0:
         state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
                   "log_bytes": (folder / "log.jsonl").stat().st_size}
@@ -399,7 +399,7 @@ def resume(folder, args, model, optimizer, digest):
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     if RANK == 0:
-        os.truncate(folder / "log.jsonl", state["log_bytes"])  # what came after the save is trained again
+        os.truncate(folder / "log.jsonl", state["log_bytes"])  # what came after the save is done again
         write_json(Path(args.out_dir, "args.json"), flags_of(args))
     return step, before, best
 
@@ -427,10 +427,10 @@ def make_parser():
            "gpt2, or tiny/ if that cannot be had)", absolute)
     p.flag("out_dir", "out", "a new folder for the run")
     p.add_argument("--resume", action="store_true", help="go on with the run in --out_dir, with its flags")
-    p.flag("max_iters", 300, "optimizer steps", positive)
+    p.flag("max_iters", 300, "optimizer steps; a --resume may raise it", positive)
     p.flag("batch_size", 16, "sequences per micro-step", positive)
     p.flag("block_size", 256, "tokens in a sequence", at_least(8))
-    p.flag("gradient_accumulation_steps", 1, "micro-steps per step, shared by all processes", positive)
+    p.flag("gradient_accumulation_steps", 1, "micro-steps per step, in all processes together", positive)
     p.flag("learning_rate", None, "at its peak (default: 3e-4, below 10M parameters 3e-3)", not_negative)
     p.flag("warmup_iters", 10, "steps over which the learning rate rises", at_least(0))
     p.flag("weight_decay", 0.1, "weight decay of matrices", not_negative)
@@ -462,7 +462,7 @@ def parse_args():
             saved = json.loads((out / "args.json").read_bytes())
         except (OSError, ValueError):
             p.error(f"--resume: {out} has no run, or its args.json is damaged")
-        p.set_defaults(**dict.fromkeys(saved))  # all None: now a second parse shows which flags were given
+        p.set_defaults(**dict.fromkeys(saved))  # None marks a flag that is not given
         given = {name: value for name, value in vars(p.parse_args()).items() if value is not None}
         for name in (saved.keys() & given.keys()) - {"max_iters"}:
             if given[name] != saved[name]:
