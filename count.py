@@ -196,7 +196,8 @@ def _item_of_line(path, number, line):
         prompt, text = (entry["prompt"], entry["completion"]) if is_pair else ("", entry["text"])
         "".join((prompt, text)).encode()  # fails unless both are strings of Unicode
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ValueError(f"{path} line {number} must be {FORMAT}; {error!r} in {line.strip()[:60]!r}") from None
+        line = line.strip()[:60]
+        raise ValueError(f"{path} line {number} must be {FORMAT}; {error!r} in {line!r}") from None
     text = text.removesuffix(END_OF_TEXT) + END_OF_TEXT
     return (prompt, text) if is_pair else text
 
@@ -364,19 +365,18 @@ def load_counts(files, n_vocab):
     for name in files:
         scaled = re.fullmatch(r"(.+):([\d.eE+-]+)", name)
         path, scale = scaled.groups() if scaled else (name, 1)
-        with open(path, "rb") as file:
-            try:
-                counts, scale = np.lib.format.read_array(file, allow_pickle=False), float(scale)
-                valid = counts.ndim == 1 and counts.dtype.kind in "buif" and 0 < scale < float("inf")
-                valid = valid and np.isfinite(counts).all() and (counts >= 0).all() and counts.any()
-            except ValueError:  # another kind of file
-                valid = False
-        if not valid:
-            raise ValueError(f"--counts {name} is not an array of counts: count.py writes one")
+        try:
+            with open(path, "rb") as file:
+                counts = np.lib.format.read_array(file, allow_pickle=False).astype(float, casting="safe")
+            valid = counts.ndim == 1 and np.isfinite(counts).all() and counts.min() >= 0 and counts.any()
+            if not valid or not 0 < float(scale) < float("inf"):
+                raise ValueError
+        except (ValueError, TypeError):  # it may be another kind of file
+            raise ValueError(f"--counts {name} is not an array of counts: count.py writes one") from None
         if len(counts) != n_vocab:
             raise ValueError(f"--counts {path} has {len(counts):,} entries, but the model's tokenizer has "
                              f"{n_vocab:,} tokens: count again with count.py --tokenizer")
-        total += scale * counts
+        total += float(scale) * counts
     return total
 
 
@@ -420,7 +420,7 @@ def at_least(minimum, kind=int, below=float("inf")):
     return parse
 
 
-def run_script(main):
+def run_script(main, to_save_memory):
     """Run a script's main. A user's mistake ends in one line on stderr, with exit status 1."""
     for stream in sys.stdout, sys.stderr:
         stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # on Windows, too
@@ -430,6 +430,10 @@ def run_script(main):
         if isinstance(error, OSError) and error.filename:
             error = f"{error.filename}: {error.strerror}"
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+    except (RuntimeError, MemoryError) as error:
+        if "allocate" not in str(error):
+            raise
+        sys.exit(f"{Path(sys.argv[0]).name}: error: out of memory: {to_save_memory}")
     except KeyboardInterrupt:
         sys.excepthook = lambda *error: None  # no traceback
         raise  # so that a shell loop stops, too
@@ -453,4 +457,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, "split the text into several files")

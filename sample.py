@@ -71,4 +71,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, "lower --num_samples or --max_new_tokens")

@@ -61,11 +61,6 @@ def main():
         if Path(args.out_dir, "args.json").exists():
             say(f"\nstopped. To go on: python train.py --resume --out_dir {shlex.quote(args.out_dir)}")
         raise
-    except RuntimeError as error:
-        if "tried to allocate" not in str(error).lower():
-            raise
-        raise ValueError("out of memory: halve --batch_size and double --gradient_accumulation_steps, which "
-                         "is the same training, or lower --block_size") from None
     if len(reports) > 1:
         say(table_of_series(reports))
     say(f"now: python sample.py --init_from {shlex.quote(str(folder))}")
@@ -480,4 +475,5 @@ def parse_args():
 
 
 if __name__ == "__main__":
-    count.run_script(main)
+    count.run_script(main, "halve --batch_size and double --gradient_accumulation_steps, which is the same "
+                     "training, or lower --block_size")

@@ -292,10 +292,10 @@ def test_a_long_pair_loses_its_start_and_then_its_end(tmp_path, tokenizer, promp
 
 def test_counts_are_scaled_and_added(tmp_path):
     np.save(tmp_path / "a.npy", np.array([65_535, 1], np.uint16))  # 16 bits cannot hold the sum
-    np.save(tmp_path / "b.npy", np.full(2, 10.0))
+    np.save(tmp_path / "b.npy", np.full(2, 10, np.float16))
     a, b = f"{tmp_path}/a.npy", f"{tmp_path}/b.npy"
     assert load_counts([a, a], 2).tolist() == [131_070, 2]
-    assert load_counts([f"{a}:0.5", b, f"{b}:1e1"], 2).tolist() == [32_877.5, 110.5]
+    assert load_counts([f"{a}:0.5", b, f"{b}:1e6"], 2).tolist() == [10_032_777.5, 10_000_010.5]
 
 
 @pytest.mark.parametrize("counts, scale", [
