@@ -26,7 +26,7 @@ import numpy as np
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str  # how GPT-2 splits text before it merges bytes
 
-from model import checkpoint_folder, line_of, write_safely
+from model import checkpoint_folder, first_line, write_safely
 
 END_OF_TEXT = "<|endoftext|>"
 PIECE = 1 << 18  # characters to read and tokenize at a time
@@ -60,7 +60,7 @@ def load_tokenizer(name_or_folder):
         return tiktoken.Encoding(str(folder), pat_str=r50k_pat_str, mergeable_ranks=ranks,
                                  special_tokens=added)
     except Exception as error:  # a stranger's file can hold anything
-        reason = f"{error} is missing" if isinstance(error, KeyError) else line_of(error)
+        reason = f"{error} is missing" if isinstance(error, KeyError) else first_line(error)
         raise ValueError(f"{folder}: only tokenizers like GPT-2's can be used: {reason}") from None
 
 

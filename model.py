@@ -224,7 +224,7 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None):
 # What config.json says of every GPT-2. With other values it would be another network.
 FIXED = {"model_type": "gpt2", "activation_function": "gelu_new", "scale_attn_weights": True,
          "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False, "tie_word_embeddings": True}
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that exists is read
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that exists is read
 NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", "lm_head.weight")  # causal masks, and wte once more
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "BOOL": torch.bool, "U8": torch.uint8}  # the last two are for causal masks
@@ -249,12 +249,13 @@ def empty_model(folder):
         return model
     except Exception as error:  # a stranger's file can hold anything
         raise ValueError(f"{folder}: config.json or generation_config.json is not GPT-2's: "
-                         f"{line_of(error)}") from None
+                         f"{first_line(error)}") from None
 
 
 def read_weights(folder, model):
     """The state dict for a GPT from a checkpoint folder, in float32. Raises ValueError."""
-    path = next((folder / name for name in WEIGHTS if (folder / name).exists()), folder / WEIGHTS[0])
+    paths = [folder / name for name in WEIGHT_FILES]
+    path = next((path for path in paths if path.exists()), paths[0])
     try:
         if path.suffix == ".bin":  # a stranger's file runs no code
             stored = dict(torch.load(path, map_location="cpu", weights_only=True))
@@ -273,10 +274,10 @@ def read_weights(folder, model):
                 raise ValueError(f"{name} is NaN or infinite")
         return state
     except Exception as error:
-        raise ValueError(f"{path} is damaged, or not the weights of this GPT-2: {line_of(error)}") from None
+        raise ValueError(f"{path} is damaged, or is not this GPT-2's: {first_line(error)}") from None
 
 
-def line_of(error):
+def first_line(error):
     return str(error).partition("\n")[0] or type(error).__name__
 
 
@@ -320,7 +321,7 @@ def write_safely(path, write):
         write(part)
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError when the disk is full
-        raise OSError(f"{path} could not be written ({line_of(error)}); nothing was changed") from None
+        raise OSError(f"{path} could not be written ({first_line(error)}); nothing was changed") from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -334,7 +335,7 @@ def write_json(path, content):
 RELEASED = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 RELEASED["distilgpt2"] = "distilbert/distilgpt2"
 # A tokenizer is tokenizer.json, or vocab.json with merges.txt. The other files belong to it.
-TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json",
+TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json",
              "merges.txt", "vocab.json")
 
 
@@ -355,7 +356,7 @@ def checkpoint_folder(name_or_folder, weights=True):
     for folder in folders:
         if is_complete(folder, weights):
             return folder
-    needs = f"config.json and {' or '.join(WEIGHTS)} (an adapter must be merged, shards be joined)"
+    needs = f"config.json and {' or '.join(WEIGHT_FILES)} (an adapter must be merged, shards be joined)"
     if not weights:
         needs = "tokenizer.json, or vocab.json and merges.txt"
     raise FileNotFoundError(f"{name} is none of {', '.join(RELEASED)}, and no folder with {needs}")
@@ -364,7 +365,7 @@ def checkpoint_folder(name_or_folder, weights=True):
 def is_complete(folder, weights):
     has = {path.name for path in folder.glob("*") if path.exists()}  # not a link to a file that is gone
     if weights:
-        return "config.json" in has and not has.isdisjoint(WEIGHTS)
+        return "config.json" in has and not has.isdisjoint(WEIGHT_FILES)
     return "tokenizer.json" in has or {"vocab.json", "merges.txt"} <= has
 
 
@@ -381,8 +382,9 @@ def fetch(name, repo, folder, weights):
     """Download the files that a folder lacks. Weights come last, so a folder with weights is complete."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for file in "config.json", "generation_config.json", *TOKENIZER, *(WEIGHTS if weights else ()):
-            if not (folder / file).exists() and not (file in WEIGHTS and is_complete(folder, weights)):
+        files = ["config.json", "generation_config.json", *TOKENIZER_FILES]
+        for file in files + (list(WEIGHT_FILES) if weights else []):
+            if not (folder / file).exists() and not (file in WEIGHT_FILES and is_complete(folder, weights)):
                 download(repo, folder / file)
             if file == "config.json" and (folder / file).exists():
                 empty_model(folder)  # fails for another network, before much is downloaded
@@ -431,7 +433,7 @@ def pick_device(name="auto", local_rank=0):
         device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
         torch.zeros(1, device=device).item()
     except Exception as error:  # each backend has its own
-        raise ValueError(f"--device {name} cannot be used here ({line_of(error)}): leave it out") from None
+        raise ValueError(f"--device {name} cannot be used here ({first_line(error)}): leave it out") from None
     return device
 
 

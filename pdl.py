@@ -98,7 +98,7 @@ def _check(logits_shape, targets, weights, reduction, allowed):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# That was the method. The rest computes the same loss in a fraction of the memory.
+# That was the method. The rest computes the same loss in a fraction of the memory. train.py uses it.
 
 CHUNK = 512  # rows whose logits are held at a time: fewer are slower, more are no faster
 
@@ -110,7 +110,7 @@ def linear_pdl_loss(hidden, lm_head, targets, weights, reduction="mean", ignore_
     hidden: (..., D), the last hidden states. lm_head: (V, D). reduction: "mean" or "sum". The rest is as in
     pdl_loss. Products run in hidden's dtype, or in autocast's. The gradient of lm_head is summed in float32.
     A frozen lm_head gets no gradient, and costs no time or memory for it. There are no second derivatives.
-    In bfloat16, a target with a probability above 0.998 counts as certain: its loss is 0.
+    bfloat16 rounds a probability above 0.998 to 1: such a target has loss 0.
     """
     _check((*hidden.shape[:-1], len(lm_head)), targets, weights, reduction, ("mean", "sum"))
     device = hidden.device.type

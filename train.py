@@ -24,10 +24,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-import count
-from count import BANDS, at_least
-from model import GPT, RELEASED, TOKENIZER, checkpoint_folder, line_of, pick_device, pick_dtype, read_weights
-from model import write_json, write_safely
+from count import BANDS, ArgumentParser, at_least, load_corpus, load_tokenizer, run_script
+from model import GPT, RELEASED, TOKENIZER_FILES, checkpoint_folder, first_line, read_weights
+from model import pick_device, pick_dtype, write_json, write_safely
 from pdl import linear_pdl_loss, pdl_weights, token_weights
 from sample import continue_prompt, shift
 
@@ -47,8 +46,8 @@ def main():
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU
     note = choose_model(args, device)
     say(note)
-    tokenizer = count.load_tokenizer(args.init_from)
-    corpus = count.load_corpus(args.data, tokenizer, args.block_size, args.counts)
+    tokenizer = load_tokenizer(args.init_from)
+    corpus = load_corpus(args.data, tokenizer, args.block_size, args.counts)
     for alpha in args.alpha:
         pdl_weights(corpus.freq, alpha, args.eps)  # an impossible alpha fails now, not hours later
     reports = []
@@ -177,12 +176,12 @@ def load_model(args, tokenizer, device):
     model.set_dropout(args.dropout)
     recompute = args.activation_checkpointing
     model.activation_checkpointing = (device.type == "cpu") if recompute is None else recompute
-    if args.learning_rate is None:  # it depends on the model's size
-        args.learning_rate = 3e-3 if sum(p.numel() for p in model.parameters()) < 1e7 else 3e-4
     return model.to(device)
 
 
 def make_optimizer(args, model):
+    if args.learning_rate is None:
+        args.learning_rate = 3e-3 if sum(p.numel() for p in model.parameters()) < 1e7 else 3e-4
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]  # biases and LayerNorms have no weight decay
     groups = [{"params": matrices, "weight_decay": args.weight_decay},
@@ -366,7 +365,7 @@ def claim(folder, args, alpha, corpus):
     folder.mkdir(exist_ok=True)
     (folder / "log.jsonl").write_bytes(b"")
     source = checkpoint_folder(args.init_from, weights=False)
-    for name in TOKENIZER:
+    for name in TOKENIZER_FILES:
         if (source / name).exists():
             shutil.copyfile(source / name, folder / name)
     np.save(folder / "counts.npy", corpus.freq)
@@ -385,7 +384,7 @@ def resume(folder, args, model, optimizer, digest):
     try:
         state = dict(torch.load(folder / "resume.pt", map_location="cpu", weights_only=True))
     except Exception as error:
-        raise ValueError(f"{folder}/resume.pt is damaged: {line_of(error)}") from None
+        raise ValueError(f"{folder}/resume.pt is damaged: {first_line(error)}") from None
     if state["digest"] != digest:
         raise ValueError(f"--resume: the data or the counts are not those that the run in {folder} had")
     step, before, best = state["step"], state["before"], state["best"]
@@ -408,7 +407,7 @@ def flags_of(args):
 
 
 def make_parser():
-    p = count.ArgumentParser(description="Finetune GPT-2 with Power-Law Decay Loss (arXiv 2505.16900).")
+    p = ArgumentParser(description="Finetune GPT-2 with Power-Law Decay Loss (arXiv 2505.16900).")
     positive, not_negative = at_least(1), at_least(0, float)
     p.flag("alpha", [0.5], "strength of the decay; 0: cross-entropy; several: one run each", not_negative,
            nargs="+")
@@ -475,5 +474,5 @@ def parse_args():
 
 
 if __name__ == "__main__":
-    count.run_script(main, "halve --batch_size and double --gradient_accumulation_steps, which is the same "
-                     "training, or lower --block_size")
+    run_script(main, "halve --batch_size and double --gradient_accumulation_steps, which is the same "
+               "training, or lower --block_size")

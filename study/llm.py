@@ -38,7 +38,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import study
 from count import load_corpus
-from model import line_of, pick_device, pick_dtype, write_safely
+from model import first_line, pick_device, pick_dtype, write_safely
 from pdl import linear_pdl_loss, pdl_weights
 from sample import shift
 from study import LENGTH, RISING, SEEDS, name_of
@@ -263,7 +263,7 @@ def main():
                 save(results)
                 print(f"{number} of {len(todo)}: {pending[job]}", flush=True)
             except Exception as error:  # the other runs go on
-                print(f"{number} of {len(todo)}: {pending[job]} failed: {line_of(error)}", flush=True)
+                print(f"{number} of {len(todo)}: {pending[job]} failed: {first_line(error)}", flush=True)
 
 
 if __name__ == "__main__":
