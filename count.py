@@ -113,7 +113,7 @@ def encode_stream(texts, tokenizer):
             yield from pool.map(lambda piece: encode(piece, tokenizer), some)
 
 
-# A token may begin with the space or line end between two words, but has none inside: cut text there.
+# A token may begin with a single space or line end, but never reaches across one: cut text before the last.
 UP_TO_CUT = re.compile(r"(?s).*\S(?=[ \n]\S)")
 
 
@@ -218,10 +218,10 @@ class Sequences:
         return (len(self.tokens) - self.T - 1) // self.stride + 1
 
     def __getitem__(self, indices):
-        """Inputs x and targets y of some sequences: (n, T) int64 each. y is -100 where there is no loss."""
+        """Inputs and targets of n sequences: (2, n, T) int64. Targets are -100 where there is no loss."""
         at = np.asarray(indices)[:, None] * self.stride + np.arange(self.T + 1)  # (n, T + 1)
         tokens = self.tokens[at].astype(np.int64)
-        return tokens[:, :-1], np.where(self.carries_loss[at], tokens, -100)[:, 1:]
+        return np.stack((tokens[:, :-1], np.where(self.carries_loss[at], tokens, -100)[:, 1:]))
 
 
 @dataclass
@@ -274,7 +274,7 @@ def load_corpus(paths, tokenizer, block_size, counts=None):
 
 
 def _corpus_of_text(name, texts, tokenizer, T):
-    """Hold out every tenth stretch of T + 1 tokens. The end of a text may be unlike the rest of it."""
+    """Hold out every tenth stretch of T + 1 tokens. The last tenth might be unlike the rest."""
     dtype = np.min_scalar_type(tokenizer.n_vocab)  # uint16 for GPT-2's
     tokens = np.concatenate([piece.astype(dtype) for piece in encode_stream(texts, tokenizer)])
     n = len(tokens) // (10 * (T + 1))
@@ -299,7 +299,7 @@ def _corpus_of_pairs(name, pairs, tokenizer, T):
     """
     dtype = np.min_scalar_type(tokenizer.n_vocab)
     pairs_cut, n_too_long = [], 0
-    numbers, number_of = [], {}  # the number of each pair's prompt, and of each distinct prompt
+    numbers, number_of = [], {}  # numbers[i] is number_of[the prompt of pair i]: 0, 1, 2, ...
     for prompt, completion in pairs:
         prompt = prompt or END_OF_TEXT  # the first token of a completion needs one before it
         numbers.append(number_of.setdefault(prompt, len(number_of)))

@@ -160,9 +160,9 @@ class GPT(nn.Module):
         self.eval()
         for end in range(T, T + max_new_tokens):
             inputs = idx[:, pos:end]  # all of the prompt, then the newest token alone
-            if end > window:  # now each token moves to another position, and the cache holds for none
+            if end > window:  # now each token's position changes, so the cache is of no use
                 inputs, cache, pos = idx[:, end - window : end], None, 0
-            # For one row in half precision oneDNN is slow: 63 tokens/s with it, 116 without (AMD EPYC).
+            # oneDNN is slow for one row in half precision: 63 tokens/s with it, 116 without (AMD EPYC).
             one_row = inputs.numel() == 1 and self.lm_head.dtype != torch.float32
             torch.backends.mkldnn.enabled = onednn and not one_row
             hidden = self(inputs, True, cache, pos)  # (B, T, n_embd)
@@ -342,7 +342,7 @@ TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_to
 def checkpoint_folder(name_or_folder, weights=True):
     """The local folder of a checkpoint, or of just a tokenizer. A model on the hub is downloaded once.
 
-    Hugging Face's own cache is used if it holds the model. HF_ENDPOINT names a mirror.
+    Hugging Face's own cache may have it, by either name. HF_ENDPOINT names a mirror.
     Raises OSError if there is no such folder or model, ValueError if it is not a GPT-2.
     """
     name = str(name_or_folder)

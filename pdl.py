@@ -51,7 +51,7 @@ def token_weights(targets, weights, ignore_index=-100):
     Raises IndexError for a target outside the vocabulary.
     """
     keep = targets != ignore_index
-    # weights[targets] would take -1 for the last token. index_select raises.
+    # weights[-1] would be that of the last token. index_select raises.
     w = weights.to(targets.device).index_select(0, torch.where(keep, targets, 0).flatten())
     return w.view(targets.shape) * keep
 
@@ -82,7 +82,7 @@ def pdl_loss(logits, targets, weights, reduction="mean", ignore_index=-100):
 
 def _mean(loss_sum, w):
     total = w.sum()
-    return loss_sum / torch.where(total > 0, total, 1)  # without targets F.cross_entropy has 0 / 0
+    return loss_sum / torch.where(total > 0, total, 1)  # F.cross_entropy's mean can be 0 / 0
 
 
 def _check(logits_shape, targets, weights, reduction, allowed):
@@ -118,7 +118,7 @@ def linear_pdl_loss(hidden, lm_head, targets, weights, reduction="mean", ignore_
         hidden = hidden.to(torch.get_autocast_dtype(device))
     w = token_weights(targets, weights, ignore_index).to(torch.promote_types(hidden.dtype, torch.float32))
     # Below, weights are relative to the largest, so that hidden * w fits into float16.
-    largest = F.pad(w.flatten(), (0, 1), value=torch.finfo(w.dtype).tiny).max()  # not 0, even without targets
+    largest = w.max().clamp(min=torch.finfo(w.dtype).tiny) if w.numel() else 1  # not 0
     keep = targets != ignore_index  # a position without loss costs nothing
     if not torch.is_grad_enabled():
         hidden, lm_head = hidden.detach(), lm_head.detach()  # so that forward() computes no gradients
@@ -132,8 +132,8 @@ class _ChunkedLoss(torch.autograd.Function):
 
     The loss and its gradient need the same logits. So the forward pass computes both, chunk by chunk, and the
     backward pass only scales the gradients. With p = softmax(logits), the gradient of a row's cross-entropy
-    with respect to its logits is p - onehot(target). The weights multiply hidden and d_hidden, which have D
-    numbers a row, rather than p, which has V.
+    with respect to its logits is p - onehot(target). The weights multiply hidden (for d_head) and d_hidden
+    (in backward), which have D numbers a row, rather than p, which has V.
     """
 
     @staticmethod
@@ -150,7 +150,7 @@ class _ChunkedLoss(torch.autograd.Function):
             i = torch.arange(len(t), device=t.device)
             logits = torch.mm(h, head.T, out=logits_buffer[: len(t)])  # (n, V)
             p = torch.softmax(logits, dim=-1, out=p_buffer[: len(t)])  # (n, V)
-            # p holds the logsumexp, too: it is logit - log p. Read it where p is largest, so most accurate.
+            # logsumexp = logit - log p, for any token. Take the likeliest, whose p is the most accurate.
             top, at = logits.max(dim=-1)  # (n,) each
             logsumexp = top.to(w.dtype) - p[i, at].to(w.dtype).log()  # (n,), of the logits
             loss += row_weights @ (logsumexp - logits[i, t].to(w.dtype))
@@ -159,7 +159,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 torch.mm(p, head, out=d_hidden[chunk])
             if d_head is not None:
                 weighted = (h * row_weights[:, None]).to(h.dtype)  # (n, D)
-                # d_head += p.T @ weighted, for 2,048 tokens at a time, since that product is (V, D), too.
+                # d_head += p.T @ weighted, 2,048 rows of d_head at a time: that product is (V, D), too.
                 for total, part in zip(d_head.split(2048), p.T.split(2048)):
                     total += part @ weighted
         ctx.save_for_backward(d_hidden, d_head, w)

@@ -72,7 +72,7 @@ def finetune(args, alpha, folder, device, tokenizer, corpus):
     """One run, from the pretrained model or its last save. Returns its report."""
     model = load_model(args, tokenizer, device)
     optimizer = make_optimizer(args, model)
-    final_weights = step_weights(args.max_iters, alpha, args, corpus, model)  # (V,), for every evaluation
+    final_weights = step_weights(args.max_iters, alpha, args, corpus, model)  # (V,), with all of alpha
     start, before, best = 0, None, None  # before and best: evaluate()'s results at step 0 and the best step
     if args.resume and (folder / "resume.pt").exists():
         start, before, best = resume(folder, args, model, optimizer, corpus.digest)
@@ -80,10 +80,10 @@ def finetune(args, alpha, folder, device, tokenizer, corpus):
         claim(folder, args, alpha, corpus)
     introduce(args, alpha, folder, device, model, corpus, start)
     forward = torch.compile(model) if args.compile else model
-    step, last_log = start, None  # last_log: the time and the step of the last line of the log
+    step = start
 
     while True:
-        # Save first. Then a resumed run repeats this evaluation, and comes to the same best model.
+        # Save first: a resumed run begins with this evaluation, so it finds the same best model.
         if step % args.eval_interval == 0 or step in (start, args.max_iters):
             save(folder, model, optimizer, step=step, before=before, best=best, digest=corpus.digest)
             result = {"iter": step} | evaluate(args, model, corpus, final_weights, device)
@@ -94,14 +94,14 @@ def finetune(args, alpha, folder, device, tokenizer, corpus):
                 best = result
                 if RANK == 0:
                     model.save_pretrained(folder)
-            last_log = time.time(), step
+            last_log = time.time(), step  # log_step measures from here
         if step == args.max_iters:
             break
 
         # Every rank draws the same whole batch from the seed and the step, and trains on its share of it.
         n = args.batch_size * args.gradient_accumulation_steps
         drawn = np.random.default_rng((args.seed, step)).integers(len(corpus.training), size=n)
-        batch = torch.from_numpy(np.stack(corpus.training[drawn]))  # (2, n, T): inputs and targets
+        batch = torch.from_numpy(corpus.training[drawn])  # (2, n, T): inputs and targets
         weights = step_weights(step, alpha, args, corpus, model)  # (V,)
         weight_sum = token_weights(batch[1], weights).sum().item()  # of the whole batch, not of its parts
         for group in optimizer.param_groups:
@@ -131,9 +131,8 @@ def finetune(args, alpha, folder, device, tokenizer, corpus):
     if WORLD_SIZE > 1:
         dist.barrier()  # until rank 0 has saved it
     model.load_state_dict(read_weights(folder, model))
-    strengths = [a for a in args.alpha if a > 0] if alpha == 0 else []
     shifted = {f"{a:g}": evaluate(args, model, corpus, final_weights, device, shift(corpus.freq, a))
-               for a in strengths}
+               for a in args.alpha if alpha == 0 and a > 0}
     report = {"alpha": alpha, "args": flags_of(args), "before": before, "after": best, "shifted": shifted,
               "sample": sample_text(args, model, tokenizer, corpus)}
     if RANK == 0:
@@ -232,7 +231,7 @@ def evaluate(args, model, corpus, weights, device, logit_bias=None):
     parts = []
     model.eval()
     for i in range(0, len(rows), args.batch_size):
-        x, y = map(torch.from_numpy, corpus.held_out[rows[i : i + args.batch_size]])  # (b, T) each
+        x, y = torch.from_numpy(corpus.held_out[rows[i : i + args.batch_size]])  # (b, T) each
         keep = y != -100
         with autocast(args, device):
             hidden = model(x.to(device), return_hidden=True)[keep.to(device)]  # (targets, n_embd)
@@ -245,7 +244,7 @@ def evaluate(args, model, corpus, weights, device, logit_bias=None):
     model.train()
     t, ce, right = map(torch.cat, zip(*parts))  # (N,) each, of all targets
     w, band = weights[t].double(), torch.from_numpy(corpus.bands)[t]  # (N,) each
-    masks = {name: band == i for i, name in enumerate(BANDS) if i in band} | {"all": t >= 0}  # (N,) each
+    masks = {name: band == i for i, name in enumerate(BANDS) if i in band} | {"all": band >= 0}  # (N,) each
 
     def by_band(measure):
         return {name: measure(mask).item() for name, mask in masks.items()}
@@ -351,7 +350,7 @@ NOT_EMPTY = "{} is not an empty folder: --resume its run, or name another --out_
 
 
 def claim(folder, args, alpha, corpus):
-    """Create the folder of a run. The first of a series also claims --out_dir, by creating args.json."""
+    """Create the folder of a run. The first of a new series creates args.json in --out_dir first."""
     flags = Path(args.out_dir, "args.json")
     flags.parent.mkdir(parents=True, exist_ok=True)
     if alpha == args.alpha[0] and not args.resume:
@@ -424,7 +423,7 @@ def make_parser():
     p.flag("max_iters", 300, "optimizer steps; a --resume may raise it", positive)
     p.flag("batch_size", 16, "sequences per micro-step", positive)
     p.flag("block_size", 256, "tokens in a sequence", at_least(8))
-    p.flag("gradient_accumulation_steps", 1, "micro-steps per step, in all processes together", positive)
+    p.flag("gradient_accumulation_steps", 1, "a step has this times --batch_size sequences", positive)
     p.flag("learning_rate", None, "at its peak (default: 3e-4, below 10M parameters 3e-3)", not_negative)
     p.flag("warmup_iters", 10, "steps over which the learning rate rises", at_least(0))
     p.flag("weight_decay", 0.1, "weight decay of matrices", not_negative)
@@ -456,7 +455,7 @@ def parse_args():
             saved = json.loads((out / "args.json").read_bytes())
         except (OSError, ValueError):
             p.error(f"--resume: {out} has no run, or its args.json is damaged")
-        p.set_defaults(**dict.fromkeys(saved))  # None marks a flag that is not given
+        p.set_defaults(**dict.fromkeys(saved))  # and parse again: None is not given
         given = {name: value for name, value in vars(p.parse_args()).items() if value is not None}
         for name in (saved.keys() & given.keys()) - {"max_iters"}:
             if given[name] != saved[name]:
