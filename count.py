@@ -134,7 +134,7 @@ def _pieces(texts, tokenizer):
 JSON_LINES = re.compile(r"\.(jsonl|ndjson|jl)\b", re.IGNORECASE)
 BEGINS_LIKE_JSON = re.compile(rb'(\xef\xbb\xbf)?\s*\[?\s*\{\s*"')
 OTHER_FORMATS = re.compile(r"\.(json|csv|tsv|parquet|arrow)(\.gz)?$", re.IGNORECASE)
-FORMAT = '{"prompt": "...", "completion": "..."} or {"text": "..."} on each line'
+FORMAT = '{"prompt": "...", "completion": "..."} or {"text": "..."}'
 
 
 def read_files(paths):
@@ -173,7 +173,7 @@ def _items_of_files(paths):
 
 def _items_of_file(path):
     if OTHER_FORMATS.search(str(path)):
-        raise ValueError(f"{path}: convert it to .jsonl, with {FORMAT}")
+        raise ValueError(f"{path}: convert it to .jsonl, with {FORMAT} on each line")
     file = sys.stdin.buffer if path == "-" else open(path, "rb")
     if file.peek(2)[:2] == b"\x1f\x8b":
         file = gzip.open(file)
@@ -196,8 +196,8 @@ def _item_of_line(path, number, line):
         prompt, text = (entry["prompt"], entry["completion"]) if is_pair else ("", entry["text"])
         "".join((prompt, text)).encode()  # fails unless both are strings of Unicode
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        line = line.strip()[:60]
-        raise ValueError(f"{path} line {number} must be {FORMAT}; {error!r} in {line!r}") from None
+        reason = f"{type(error).__name__}: {error} in {line.strip()[:60]!r}"
+        raise ValueError(f"{path} line {number} must be {FORMAT}; {reason}") from None
     text = text.removesuffix(END_OF_TEXT) + END_OF_TEXT
     return (prompt, text) if is_pair else text
 
