@@ -149,18 +149,18 @@ def read_files(paths):
 
 
 def _items_of_files(paths):
-    kind = None  # the type of all items
-    ended = True  # whether the text so far ends with an end of text, as it must between two files
+    kind, tail = None, END_OF_TEXT  # the type of all items; the last characters of the text so far
     for path in paths:
-        if not ended:
-            yield END_OF_TEXT
+        if tail != END_OF_TEXT:  # between two files it must be
+            yield (tail := END_OF_TEXT)
         has_text = False
         try:
             for item in _items_of_file(path):
                 kind = kind or type(item)
                 if type(item) is not kind:
                     raise ValueError(f"{path}: give either pairs or text, not both")
-                ended = kind is tuple or item.endswith(END_OF_TEXT)
+                if kind is str:
+                    tail = (tail + item)[-len(END_OF_TEXT) :]
                 has_text |= kind is tuple or item.removesuffix(END_OF_TEXT).strip() != ""
                 yield item
         except UnicodeDecodeError:
@@ -368,15 +368,16 @@ def load_counts(files, n_vocab):
         try:
             with open(path, "rb") as file:
                 counts = np.lib.format.read_array(file, allow_pickle=False).astype(float, casting="safe")
+            scale = float(scale)
             valid = counts.ndim == 1 and np.isfinite(counts).all() and counts.min() >= 0 and counts.any()
-            if not valid or not 0 < float(scale) < float("inf"):
+            if not valid or not 0 < scale < float("inf"):
                 raise ValueError
         except (ValueError, TypeError):  # it may be another kind of file
             raise ValueError(f"--counts {name} is not an array of counts: count.py writes one") from None
         if len(counts) != n_vocab:
             raise ValueError(f"--counts {path} has {len(counts):,} entries, but the model's tokenizer has "
                              f"{n_vocab:,} tokens: count again with count.py --tokenizer")
-        total += float(scale) * counts
+        total += scale * counts
     return total
 
 
@@ -431,7 +432,7 @@ def run_script(main, to_save_memory):
             error = f"{error.filename}: {error.strerror}"
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
     except (RuntimeError, MemoryError) as error:
-        if "allocate" not in str(error):
+        if isinstance(error, RuntimeError) and "tried to allocate" not in str(error).lower():
             raise
         sys.exit(f"{Path(sys.argv[0]).name}: error: out of memory: {to_save_memory}")
     except KeyboardInterrupt:

@@ -194,7 +194,7 @@ class GPT(nn.Module):
         other = known.pop("other")
         new = {"architectures": ["GPT2LMHeadModel"], "bos_token_id": known["eos_token_id"]}
         config = FIXED | new | other | known  # the last one wins
-        for name in {"dtype", "torch_dtype"} & config.keys():  # in which Transformers opens the file
+        for name in {"dtype", "torch_dtype"} & config.keys():  # Transformers opens the file in it
             config[name] = str(self.lm_head.dtype).removeprefix("torch.")
         write_json(folder / "config.json", config)
         if self.generation_config:
@@ -274,7 +274,7 @@ def read_weights(folder, model):
                 raise ValueError(f"{name} is NaN or infinite")
         return state
     except Exception as error:
-        raise ValueError(f"{path} is damaged, or is not this GPT-2's: {first_line(error)}") from None
+        raise ValueError(f"{path} is damaged, or does not fit config.json: {first_line(error)}") from None
 
 
 def first_line(error):
@@ -336,7 +336,7 @@ RELEASED = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium",
 RELEASED["distilgpt2"] = "distilbert/distilgpt2"
 # A tokenizer is tokenizer.json, or vocab.json with merges.txt. The other files belong to it.
 TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json",
-             "merges.txt", "vocab.json")
+                   "merges.txt", "vocab.json")
 
 
 def checkpoint_folder(name_or_folder, weights=True):
@@ -382,8 +382,8 @@ def fetch(name, repo, folder, weights):
     """Download the files that a folder lacks. Weights come last, so a folder with weights is complete."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        files = ["config.json", "generation_config.json", *TOKENIZER_FILES]
-        for file in files + (list(WEIGHT_FILES) if weights else []):
+        files = "config.json", "generation_config.json", *TOKENIZER_FILES, *(WEIGHT_FILES if weights else ())
+        for file in files:
             if not (folder / file).exists() and not (file in WEIGHT_FILES and is_complete(folder, weights)):
                 download(repo, folder / file)
             if file == "config.json" and (folder / file).exists():

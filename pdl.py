@@ -51,7 +51,7 @@ def token_weights(targets, weights, ignore_index=-100):
     Raises IndexError for a target outside the vocabulary.
     """
     keep = targets != ignore_index
-    # weights[-1] would be that of the last token. index_select raises.
+    # weights[-1] would be the last token's weight, without an error. index_select raises.
     w = weights.to(targets.device).index_select(0, torch.where(keep, targets, 0).flatten())
     return w.view(targets.shape) * keep
 

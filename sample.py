@@ -46,8 +46,7 @@ def main():
     p.flag("max_new_tokens", 200, "tokens in each; slow beyond the model's context window", at_least(1))
     p.flag("temperature", 0.8, "lower is more predictable; 0 takes the likeliest token", at_least(0, float))
     p.flag("top_k", 1000, "sample among the k likeliest tokens", at_least(1))
-    p.flag("top_p", 0.95, "sample among the likeliest tokens that together reach this probability",
-           at_least(0, float))
+    p.flag("top_p", 0.95, "sample among the likeliest tokens that together reach this probability", float)
     p.flag("seed", 1337, "random seed", at_least(0, below=2**63))
     p.flag("counts", None, "token counts for --shift", nargs="+", metavar="FILE.npy[:SCALE]")
     p.flag("shift", None, "add -SHIFT * log(freq) to the logits: much like PDL, without training",
@@ -55,6 +54,8 @@ def main():
     p.flag("device", "auto", "cuda, mps or cpu")
     p.flag("dtype", "auto", "dtype of the model", choices=["auto", "float32", "bfloat16", "float16"])
     args = p.parse_args()
+    if not 0 < args.top_p <= 1:
+        p.error("--top_p must be above 0 and at most 1")
     if (args.counts is None) != (args.shift is None):
         p.error("--shift and --counts go together")
 

@@ -6,7 +6,7 @@ Finetune GPT-2 with Power-Law Decay Loss.
     torchrun --standalone --nproc_per_node=2 train.py     # the same batches, on two devices
 
 The best model goes to out/, or with several alphas to out/alpha-0.5/ and so on: a checkpoint folder, for
-sample.py and for Transformers. Start reading at finetune(), the story of a run. The functions after it help.
+sample.py and for Transformers. Start reading at finetune(), the story of a run. Its helpers follow.
 The loss comes from pdl.py, the network from model.py, the batches from count.py.
 """
 
@@ -72,7 +72,7 @@ def finetune(args, alpha, folder, device, tokenizer, corpus):
     """One run, from the pretrained model or its last save. Returns its report."""
     model = load_model(args, tokenizer, device)
     optimizer = make_optimizer(args, model)
-    final_weights = step_weights(args.max_iters, alpha, args, corpus, model)  # (V,), with all of alpha
+    final_weights = step_weights(args.max_iters, alpha, args, corpus, model)  # (V,), at the full alpha
     start, before, best = 0, None, None  # before and best: evaluate()'s results at step 0 and the best step
     if args.resume and (folder / "resume.pt").exists():
         start, before, best = resume(folder, args, model, optimizer, corpus.digest)
@@ -350,7 +350,7 @@ NOT_EMPTY = "{} is not an empty folder: --resume its run, or name another --out_
 
 
 def claim(folder, args, alpha, corpus):
-    """Create the folder of a run. The first of a new series creates args.json in --out_dir first."""
+    """Create the folder of a run. A new command creates args.json before all else."""
     flags = Path(args.out_dir, "args.json")
     flags.parent.mkdir(parents=True, exist_ok=True)
     if alpha == args.alpha[0] and not args.resume:
@@ -423,7 +423,7 @@ def make_parser():
     p.flag("max_iters", 300, "optimizer steps; a --resume may raise it", positive)
     p.flag("batch_size", 16, "sequences per micro-step", positive)
     p.flag("block_size", 256, "tokens in a sequence", at_least(8))
-    p.flag("gradient_accumulation_steps", 1, "a step has this times --batch_size sequences", positive)
+    p.flag("gradient_accumulation_steps", 1, "a step has this many times --batch_size sequences", positive)
     p.flag("learning_rate", None, "at its peak (default: 3e-4, below 10M parameters 3e-3)", not_negative)
     p.flag("warmup_iters", 10, "steps over which the learning rate rises", at_least(0))
     p.flag("weight_decay", 0.1, "weight decay of matrices", not_negative)
@@ -455,7 +455,7 @@ def parse_args():
             saved = json.loads((out / "args.json").read_bytes())
         except (OSError, ValueError):
             p.error(f"--resume: {out} has no run, or its args.json is damaged")
-        p.set_defaults(**dict.fromkeys(saved))  # and parse again: None is not given
+        p.set_defaults(**dict.fromkeys(saved))  # parse again: now None means not given
         given = {name: value for name, value in vars(p.parse_args()).items() if value is not None}
         for name in (saved.keys() & given.keys()) - {"max_iters"}:
             if given[name] != saved[name]:

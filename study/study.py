@@ -118,12 +118,12 @@ def load(file):
 def openings(corpus):
     """Held-out prompts, each with what its author wrote after it: lists of tokens."""
     T = corpus.held_out.T
-    rows, carries_loss_of_rows = (a.reshape(-1, T + 1) for a in
-                                  (corpus.held_out.tokens, corpus.held_out.carries_loss.view(np.int8)))
-    if carries_loss_of_rows[0, 0]:  # text: a row starts with loss, where pairs start with a prompt
+    rows = corpus.held_out.tokens.reshape(-1, T + 1)
+    losses = corpus.held_out.carries_loss.view(np.int8).reshape(-1, T + 1)  # 1 where a token carries loss
+    if losses[0, 0]:  # text: a row starts with loss, where pairs start with a prompt
         return [(row[: T // 8], row[T // 8 :]) for row in rows.tolist()]
     first = {}  # some prompts have several completions: take the first
-    for tokens, carries_loss in zip(rows.tolist(), carries_loss_of_rows):
+    for tokens, carries_loss in zip(rows.tolist(), losses):
         # Where a prompt starts, its completion starts, the next prompt starts, and so on.
         starts = np.flatnonzero(np.diff(carries_loss, prepend=1, append=0)).tolist()
         for prompt, completion, end in zip(starts[::2], starts[1::2], starts[2::2]):

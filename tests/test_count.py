@@ -166,11 +166,12 @@ def test_pairs_are_known_by_name_or_content(tokenizer, tmp_path, monkeypatch, na
     ([f"one{EOT}", " two"], f"one{EOT} two"),
     (["one", '{"text": " two"}\n{"text": " three"}', " four"], f"one{EOT} two{EOT} three{EOT} four"),
 ])
-def test_text_is_read_as_it_is_and_files_are_kept_apart(tmp_path, contents, text):
+def test_text_is_read_as_it_is_and_files_are_kept_apart(tmp_path, monkeypatch, contents, text):
     """Line ends stay, a byte order mark goes. An end of text is between files and after each document."""
     paths = [tmp_path / str(i) for i in range(len(contents))]
     for path, content in zip(paths, contents):
         path.write_bytes(content.encode())
+    monkeypatch.setattr(count, "PIECE", 5)  # an end of text is read in several pieces
     is_pairs, items = count.read_files(paths)
     assert not is_pairs and "".join(items) == text
 

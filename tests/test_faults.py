@@ -243,8 +243,9 @@ MISTAKES = [  # script, status, what the line names, flags
     *(("train.py", 1, "--block_size", ["--block_size", size]) for size in ("300", "4000")),
     ("train.py", 1, "eps", ["--eps", "0", "--counts", "half.npy"]),
     ("train.py", 1, "alpha", ["--alpha", "0.5", "30"]),
+    ("sample.py", 1, "--num_samples", ["--num_samples", f"{10**15}"]),  # out of memory
     *(("sample.py", 2, flag, [flag, value]) for flag, value in [
-        ("--temperature", "nan"), ("--temperature", "-1"), ("--seed", "-1"), ("--top_p", "-1"),
+        ("--temperature", "nan"), ("--temperature", "-1"), ("--seed", "-1"), ("--top_p", "0"), ("--top_p", "95"),
         ("--top_k", "0"), ("--shift", "1")]),
     ("sample.py", 2, "--shift", ["--counts", "a.npy"]),
     ("sample.py", 2, "--shift", ["--counts", "a.npy", "--shift", "inf"]),
